@@ -1,0 +1,155 @@
+// The only file that knows Python. Arguments arrive checked; pointers are integers; the GIL is released while a kernel
+// runs. The instruction set is chosen once, at load: the best this CPU has, or the one ONEPASS_CPU_ISA names.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "onepass/reparam.h"
+#include "onepass/rng.h"
+#ifdef ONEPASS_WITH_CUDA
+#include "onepass/cuda.h"
+#endif
+
+namespace py = pybind11;
+using namespace onepass;
+
+namespace {
+
+using Pointer = uintptr_t;      // tensor.data_ptr(); 0 where there is no tensor
+
+template <class T>
+T* at(Pointer p) {
+  return reinterpret_cast<T*>(p);
+}
+
+bool runs_here(Isa isa) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::baseline: return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+             __builtin_cpu_supports("bmi2");
+    case Isa::avx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case Isa::avx512_bf16:
+      return runs_here(Isa::avx512) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+#else
+    default: return true;
+#endif
+  }
+  return false;
+}
+
+const std::vector<std::pair<std::string, Isa>>& instruction_sets() {
+#define ONEPASS_NAMED(isa) {#isa, Isa::isa},
+  static const std::vector<std::pair<std::string, Isa>> all = {ONEPASS_FOR_EACH_ISA(ONEPASS_NAMED)};
+#undef ONEPASS_NAMED
+  return all;
+}
+
+std::vector<std::string> usable_instruction_sets() {
+  std::vector<std::string> names;
+  for (const auto& [name, isa] : instruction_sets())
+    if (runs_here(isa)) names.push_back(name);
+  return names;
+}
+
+Isa choose_isa() {
+  const char* forced = std::getenv("ONEPASS_CPU_ISA");
+  Isa best = instruction_sets().front().second;
+  std::string usable;
+  for (const auto& [name, isa] : instruction_sets()) {
+    if (!runs_here(isa)) continue;
+    if (forced && name == forced) return isa;
+    best = isa;
+    usable += (usable.empty() ? "" : ", ") + name;
+  }
+  if (forced && *forced)
+    throw std::runtime_error("ONEPASS_CPU_ISA='" + std::string(forced) + "': this CPU runs " + usable);
+  if (usable.empty()) throw std::runtime_error("this CPU lacks the baseline instruction set");
+  return best;
+}
+
+struct Kernels {
+  Isa isa;
+  RngKernels rng;
+  ReparamKernels reparam;
+};
+
+Kernels load(Isa isa) {
+#define ONEPASS_LOAD(name) \
+  if (isa == Isa::name) return {isa, name::rng, name::reparam};
+  ONEPASS_FOR_EACH_ISA(ONEPASS_LOAD)
+#undef ONEPASS_LOAD
+  throw std::logic_error("no such instruction set");
+}
+
+Kernels kernels;
+
+// (value, pointer to values or 0, step): one part of a random key.
+using KeyArgument = std::tuple<int64_t, Pointer, int64_t>;
+
+KeyPart key_part(const KeyArgument& a) { return {std::get<0>(a), at<const int64_t>(std::get<1>(a)), std::get<2>(a)}; }
+
+Keys keys(const KeyArgument& seed, const KeyArgument& stream, const KeyArgument& offset) {
+  return {key_part(seed), key_part(stream), key_part(offset)};
+}
+
+void bind_rng(py::module_& m) {
+  m.def("rng_fill", [](int distribution, const KeyArgument& seed, const KeyArgument& stream, const KeyArgument& offset,
+                       int64_t rows, int64_t length, int dtype, Pointer out, int num_threads) {
+    const Keys key = keys(seed, stream, offset);
+    py::gil_scoped_release nogil;
+    kernels.rng.fill(static_cast<Distribution>(distribution), key, rows, length, static_cast<DType>(dtype),
+                     at<void>(out), num_threads);
+  });
+}
+
+// (pointer or 0, elements from a row to the next)
+using RowsArgument = std::pair<Pointer, int64_t>;
+
+RowsIn rows_in(const RowsArgument& a) { return {at<const void>(a.first), a.second}; }
+
+void bind_reparam(py::module_& m) {
+  m.attr("KL_TILE") = KL_TILE;
+  py::class_<Reparam>(m, "Reparam")
+      .def(py::init([](int64_t rows, int64_t length, int dtype, RowsArgument mean, RowsArgument logvar,
+                       RowsArgument noise, const KeyArgument& seed, const KeyArgument& stream,
+                       const KeyArgument& offset, bool keys_per_row, int num_threads) {
+        return Reparam{rows, length, static_cast<DType>(dtype), rows_in(mean), rows_in(logvar), rows_in(noise),
+                       keys(seed, stream, offset), keys_per_row, num_threads};
+      }));
+  m.def("reparam_forward", [](const Reparam& p, Pointer z, Pointer kl, Pointer partial) {
+    py::gil_scoped_release nogil;
+    kernels.reparam.forward(p, at<void>(z), at<float>(kl), at<double>(partial));
+  });
+  m.def("reparam_backward", [](const Reparam& p, RowsArgument grad_z, Pointer grad_kl, Pointer grad_mean,
+                               Pointer grad_logvar, Pointer grad_noise) {
+    py::gil_scoped_release nogil;
+    kernels.reparam.backward(p, rows_in(grad_z), at<const float>(grad_kl), at<void>(grad_mean), at<void>(grad_logvar),
+                             at<void>(grad_noise));
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of onepass: pointers in, nothing allocated.";
+  kernels = load(choose_isa());
+  m.attr("isa") = instruction_sets()[static_cast<size_t>(kernels.isa)].first;
+  m.attr("usable_isas") = usable_instruction_sets();
+#ifdef ONEPASS_WITH_CUDA
+  m.attr("has_cuda") = true;
+  m.def("cuda_devices", cuda_devices);
+#else
+  m.attr("has_cuda") = false;
+#endif
+  bind_rng(m);
+  bind_reparam(m);
+}

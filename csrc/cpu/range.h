@@ -1,0 +1,30 @@
+// parallel_for over a lambda, and dispatch on the element type. Included by csrc/cpu/*.cpp alone.
+#pragma once
+#include <type_traits>
+
+#include "onepass/dtype.h"
+#include "onepass/parallel.h"
+
+namespace onepass::ONEPASS_ISA {
+
+// body(begin, end) over tiles of [0, n). The thread count never changes what is computed, only who computes it.
+template <class Body>
+static void parallel_for(int64_t n, int64_t grain, int num_threads, Body&& body) {
+  using Callable = std::remove_reference_t<Body>;
+  run_ranges(
+      n, grain, num_threads,
+      [](void* f, int64_t begin, int64_t end) { (*static_cast<Callable*>(f))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// f(T{}) with T the C++ type of dtype.
+template <class F>
+static void with_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f32: return f(float{});
+    case DType::bf16: return f(BF16{});
+    case DType::f16: return f(F16{});
+  }
+}
+
+}  // namespace onepass::ONEPASS_ISA

@@ -1,0 +1,134 @@
+// Reparameterized sampling in one pass. Bytes: forward reads mean and logvar and writes z (12 an element in float32),
+// backward reads grad_z, mean and logvar and writes two gradients (20). The noise is never stored: a tile of it is
+// drawn into the first-level cache, used, and drawn again in backward, which costs less than reading it from memory.
+#include "onepass/reparam.h"
+
+#include "random.h"
+#include "range.h"
+
+namespace onepass::ONEPASS_ISA {
+namespace {
+
+constexpr int64_t TILE = KL_TILE;
+
+// Where one task works: elements [begin, end) of row `row`.
+struct Tile {
+  int64_t row, begin, end;
+};
+
+template <class Body>
+void for_each_tile(const Reparam& p, Body&& body) {
+  const int64_t tiles = (p.length + TILE - 1) / TILE;
+  const int64_t grain = p.length < TILE ? 1 + TILE / (p.length + 1) : 1;
+  parallel_for(p.rows * tiles, grain, p.num_threads, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t row = task / tiles, begin = task % tiles * TILE;
+      body(task, Tile{row, begin, begin + TILE < p.length ? begin + TILE : p.length});
+    }
+  });
+}
+
+// Normals of a tile. With one key for the whole tensor a tile may begin inside a block of four.
+struct Noise {
+  float drawn[TILE + 2 * DRAW];
+
+  const float* of(const Reparam& p, const Tile& tile) {
+    const Key key = p.keys.at(p.keys_per_row ? tile.row : 0);
+    const int64_t start = (p.keys_per_row ? 0 : tile.row * p.length) + tile.begin;
+    const int64_t skip = start % 4, count = tile.end - tile.begin + skip;
+    for (int64_t i = 0; i < count; i += DRAW) {
+      F32 x[4];
+      draw<Distribution::normal>(key, key.offset + static_cast<uint64_t>((start + i) / 4), x);
+      for (int j = 0; j < 4; ++j) store(drawn + i + j * W, x[j]);
+    }
+    return drawn + skip;
+  }
+};
+
+template <class T>
+const T* row_of(const RowsIn& rows, const Tile& tile) {
+  return static_cast<const T*>(rows.data) + tile.row * rows.step + tile.begin;
+}
+
+template <class T>
+void forward_as(const Reparam& p, T* z, double* partial) {
+  for_each_tile(p, [&](int64_t task, const Tile& tile) {
+    Noise noise;
+    const float* drawn = p.noise.data ? nullptr : noise.of(p, tile);
+    const T* given = p.noise.data ? row_of<T>(p.noise, tile) : nullptr;
+    const T *mean = row_of<T>(p.mean, tile), *logvar = row_of<T>(p.logvar, tile);
+    T* out = z + tile.row * p.length + tile.begin;
+    const int64_t count = tile.end - tile.begin;
+    F32 total{};
+    const auto step = [&](int64_t i, int n) {
+      const F32 m = load_n(mean + i, n), lv = load_n(logvar + i, n);
+      const F32 eps = given ? load_n(given + i, n) : load(drawn + i);
+      const F32 std = exp(0.5f * lv);
+      store_n(out + i, fma(std, eps, m), n);
+      return fma(std, std, fma(m, m, -1.0f - lv));      // twice the KL; lanes beyond n hold exp(0) - 1 = 0
+    };
+    int64_t i = 0;
+    for (; i + W <= count; i += W) total += step(i, W);
+    if (i < count) total += step(i, static_cast<int>(count - i));
+    if (partial) partial[task] = 0.5 * static_cast<double>(sum(total));
+  });
+}
+
+void forward(const Reparam& p, void* z, float* kl, double* partial) {
+  with_dtype(p.dtype, [&](auto t) { forward_as(p, static_cast<decltype(t)*>(z), kl ? partial : nullptr); });
+  if (!kl) return;
+  const int64_t tiles = (p.length + TILE - 1) / TILE;
+  for (int64_t row = 0; row < p.rows; ++row) {
+    double total = 0;
+    for (int64_t t = 0; t < tiles; ++t) total += partial[row * tiles + t];
+    kl[row] = static_cast<float>(total);
+  }
+}
+
+template <class T>
+void backward_as(const Reparam& p, const RowsIn& grad_z, const float* grad_kl, T* grad_mean, T* grad_logvar,
+                 T* grad_noise) {
+  for_each_tile(p, [&](int64_t, const Tile& tile) {
+    Noise noise;
+    const float* drawn = p.noise.data || !grad_z.data ? nullptr : noise.of(p, tile);
+    const T* given = p.noise.data ? row_of<T>(p.noise, tile) : nullptr;
+    const T *mean = row_of<T>(p.mean, tile), *logvar = row_of<T>(p.logvar, tile);
+    const T* dz = grad_z.data ? row_of<T>(grad_z, tile) : nullptr;
+    const F32 dkl = splat(grad_kl ? grad_kl[tile.row] : 0.0f);
+    const int64_t at = tile.row * p.length + tile.begin, count = tile.end - tile.begin;
+    const auto step = [&](int64_t i, int n) {
+      const F32 lv = load_n(logvar + i, n), std = exp(0.5f * lv);
+      F32 dm{}, dlv{};
+      if (dz) {
+        const F32 eps = given ? load_n(given + i, n) : load(drawn + i);
+        dm = load_n(dz + i, n);
+        dlv = 0.5f * dm * std * eps;
+        if (grad_noise) store_n(grad_noise + at + i, dm * std, n);
+      }
+      if (grad_kl) {
+        dm = fma(dkl, load_n(mean + i, n), dm);
+        dlv = fma(0.5f * dkl, fma(std, std, splat(-1.0f)), dlv);
+      }
+      store_n(grad_mean + at + i, dm, n);
+      store_n(grad_logvar + at + i, dlv, n);
+    };
+    int64_t i = 0;
+    for (; i + W <= count; i += W) step(i, W);
+    if (i < count) step(i, static_cast<int>(count - i));
+  });
+}
+
+void backward(const Reparam& p, RowsIn grad_z, const float* grad_kl, void* grad_mean, void* grad_logvar,
+              void* grad_noise) {
+  with_dtype(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    backward_as(p, grad_z, grad_kl, static_cast<T*>(grad_mean), static_cast<T*>(grad_logvar),
+                static_cast<T*>(grad_noise));
+  });
+}
+
+}  // namespace
+
+const ReparamKernels reparam = {forward, backward};
+
+}  // namespace onepass::ONEPASS_ISA

@@ -1,0 +1,59 @@
+// Fill with random numbers. Bound by arithmetic: ten Philox rounds and one ln (normal: sqrt and sincos too) for four
+// bytes written; W blocks at a time keep every lane busy, and the words are woven into element order in registers.
+#include "onepass/rng.h"
+
+#include "random.h"
+#include "range.h"
+
+namespace onepass::ONEPASS_ISA {
+namespace {
+
+constexpr int64_t TILE = 64 * DRAW;      // elements of a row that one task draws
+
+template <Distribution D, class T>
+void fill_tile(const Key& key, int64_t begin, int64_t end, T* row) {
+  for (int64_t i = begin; i < end; i += DRAW) {
+    F32 x[4];
+    draw<D>(key, key.offset + static_cast<uint64_t>(i / 4), x);
+    if (end - i >= DRAW) {
+      for (int j = 0; j < 4; ++j) store(row + i + j * W, x[j]);
+    } else {
+      for (int j = 0; j < 4 && i + j * W < end; ++j) store_n(row + i + j * W, x[j], static_cast<int>(end - i - j * W));
+    }
+  }
+}
+
+template <Distribution D, class T>
+void fill_rows(const Keys& keys, int64_t rows, int64_t length, T* out, int num_threads) {
+  const int64_t tiles = (length + TILE - 1) / TILE;
+  parallel_for(rows * tiles, length < TILE ? 1 + TILE / (length + 1) : 1, num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / tiles, first = task % tiles * TILE;
+      fill_tile<D>(keys.at(row), first, first + TILE < length ? first + TILE : length, out + row * length);
+    }
+  });
+}
+
+template <Distribution D>
+void fill_as(const Keys& keys, int64_t rows, int64_t length, DType dtype, void* out, int num_threads) {
+  with_dtype(dtype, [&](auto t) { fill_rows<D>(keys, rows, length, static_cast<decltype(t)*>(out), num_threads); });
+}
+
+void fill(Distribution distribution, const Keys& keys, int64_t rows, int64_t length, DType dtype, void* out,
+          int num_threads) {
+  switch (distribution) {
+    case Distribution::uniform: return fill_as<Distribution::uniform>(keys, rows, length, dtype, out, num_threads);
+    case Distribution::normal: return fill_as<Distribution::normal>(keys, rows, length, dtype, out, num_threads);
+    case Distribution::gumbel: return fill_as<Distribution::gumbel>(keys, rows, length, dtype, out, num_threads);
+    case Distribution::exponential:
+      return fill_as<Distribution::exponential>(keys, rows, length, dtype, out, num_threads);
+    case Distribution::laplace: return fill_as<Distribution::laplace>(keys, rows, length, dtype, out, num_threads);
+    case Distribution::logistic: return fill_as<Distribution::logistic>(keys, rows, length, dtype, out, num_threads);
+  }
+}
+
+}  // namespace
+
+const RngKernels rng = {fill};
+
+}  // namespace onepass::ONEPASS_ISA

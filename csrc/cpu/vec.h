@@ -1,0 +1,239 @@
+// A vector of float32 lanes per instruction set, on GCC's and Clang's vector types: + - * / & | << >> and comparisons
+// are operators, `mask ? a : b` selects. Here is only what has no operator. Included by csrc/cpu/*.cpp alone.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "onepass/dtype.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace onepass::ONEPASS_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int W = 16;
+#elif defined(__AVX2__)
+inline constexpr int W = 8;
+#else
+inline constexpr int W = 4;
+#endif
+
+typedef float F32 __attribute__((vector_size(W * 4)));
+typedef int32_t I32 __attribute__((vector_size(W * 4)));
+typedef uint32_t U32 __attribute__((vector_size(W * 4)));
+typedef uint16_t U16 __attribute__((vector_size(W * 2)));
+
+#define OP_INLINE static inline __attribute__((always_inline))
+
+OP_INLINE F32 splat(float x) { return x - F32{}; }      // x - 0 keeps the sign of zero
+OP_INLINE U32 splat_u32(uint32_t x) { return x | U32{}; }
+OP_INLINE I32 splat_i32(int32_t x) { return x | I32{}; }
+OP_INLINE I32 as_i32(F32 x) { return (I32)x; }
+OP_INLINE F32 as_f32(I32 x) { return (F32)x; }
+OP_INLINE F32 to_f32(I32 x) { return __builtin_convertvector(x, F32); }
+OP_INLINE I32 truncate(F32 x) { return __builtin_convertvector(x, I32); }
+
+OP_INLINE U32 iota() {
+  U32 lane{};
+  for (int i = 0; i < W; ++i) lane[i] = static_cast<uint32_t>(i);
+  return lane;
+}
+
+// a * b + c in one rounding where the hardware has it. Never in the random numbers, which must not depend on that.
+OP_INLINE F32 fma(F32 a, F32 b, F32 c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+// x where x > y else y: a NaN in x gives y, as the x86 instructions do.
+OP_INLINE F32 max(F32 x, F32 y) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(x, y);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(x, y);
+#else
+  return x > y ? x : y;
+#endif
+}
+
+OP_INLINE F32 min(F32 x, F32 y) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(x, y);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(x, y);
+#else
+  return x < y ? x : y;
+#endif
+}
+
+OP_INLINE F32 sqrt(F32 x) {     // correctly rounded
+#if defined(__AVX512F__)
+  return _mm512_sqrt_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(x);
+#elif defined(__x86_64__)
+  return _mm_sqrt_ps(x);
+#elif defined(__aarch64__)
+  return vsqrtq_f32(x);
+#else
+  for (int i = 0; i < W; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
+// Nearest integer, ties to even, as a float. Right for |x| < 2^22.
+OP_INLINE F32 round_even(F32 x) { return (x + 12582912.0f) - 12582912.0f; }
+
+OP_INLINE float sum(F32 x) {    // a fixed tree: halves, quarters, ...
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(x);
+#else
+  float part[W];
+  std::memcpy(part, &x, sizeof x);
+  for (int step = W / 2; step; step /= 2)
+    for (int i = 0; i < step; ++i) part[i] += part[i + step];
+  return part[0];
+#endif
+}
+
+OP_INLINE float max_lane(F32 x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(x);
+#else
+  float best = x[0];
+  for (int i = 1; i < W; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+#endif
+}
+
+// ---- memory: T is float, BF16 or F16; the _n forms touch n <= W elements and leave zeros in the other lanes ----
+
+OP_INLINE F32 load(const float* p) {
+  F32 x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+OP_INLINE F32 widen(U16 half, BF16) { return (F32)(__builtin_convertvector(half, U32) << 16); }
+
+OP_INLINE F32 widen(U16 half, F16) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps((__m256i)half);
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps((__m128i)half);
+#else
+  F32 x;
+  for (int i = 0; i < W; ++i) {
+    _Float16 h;
+    uint16_t bits = half[i];
+    std::memcpy(&h, &bits, sizeof h);
+    x[i] = static_cast<float>(h);
+  }
+  return x;
+#endif
+}
+
+OP_INLINE U16 narrow(F32 x, BF16) {     // ties to even; NaN stays NaN; denormals are kept, unlike vcvtneps2bf16
+  const U32 bits = (U32)x;
+  const U32 rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const U32 quiet = (bits >> 16) | 0x40u;
+  return __builtin_convertvector(x == x ? rounded : quiet, U16);
+}
+
+OP_INLINE U16 narrow(F32 x, F16) {
+#if defined(__AVX512F__)
+  return (U16)_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return (U16)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  U16 half{};
+  for (int i = 0; i < W; ++i) {
+    const _Float16 h = static_cast<_Float16>(x[i]);
+    uint16_t bits;
+    std::memcpy(&bits, &h, sizeof bits);
+    half[i] = bits;
+  }
+  return half;
+#endif
+}
+
+template <class Half>
+OP_INLINE F32 load(const Half* p) {
+  U16 half;
+  std::memcpy(&half, p, sizeof half);
+  return widen(half, Half{});
+}
+
+template <class T>
+OP_INLINE F32 load_n(const T* p, int n) {
+  if (n >= W) return load(p);
+  T buffer[W] = {};
+  for (int i = 0; i < n; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+
+OP_INLINE void store(float* p, F32 x) { std::memcpy(p, &x, sizeof x); }
+
+template <class Half>
+OP_INLINE void store(Half* p, F32 x) {
+  const U16 half = narrow(x, Half{});
+  std::memcpy(p, &half, sizeof half);
+}
+
+template <class T>
+OP_INLINE void store_n(T* p, F32 x, int n) {
+  if (n >= W) return store(p, x);
+  T buffer[W];
+  store(buffer, x);
+  for (int i = 0; i < n; ++i) p[i] = buffer[i];
+}
+
+// ---- functions ----
+
+// e^x within 1.5 ulp (no overflow trap: above 88.7 inf, below -87.3 zero, NaN stays NaN).
+OP_INLINE F32 exp(F32 x) {
+  const F32 bounded = x > 89.0f ? splat(89.0f) : (x < -104.0f ? splat(-104.0f) : x);
+  const F32 k = round_even(bounded * 1.44269504f);
+  F32 r = fma(k, splat(-0.693359375f), bounded);
+  r = fma(k, splat(2.12194440e-4f), r);
+  F32 q = splat(1.3818296e-3f);
+  q = fma(q, r, splat(8.368532e-3f));
+  q = fma(q, r, splat(4.1668292e-2f));
+  q = fma(q, r, splat(0.16666523f));
+  q = fma(q, r, splat(0.49999994f));
+  const F32 y = fma(q, r * r, r) + 1.0f;
+  // 2^k in two factors, so that the largest and the denormal results round once.
+  const I32 whole = truncate(x == x ? k : splat(0.0f)), half = whole >> 1;
+  const F32 low = as_f32((half + 127) << 23), high = as_f32((whole - half + 127) << 23);
+  return y * low * high;
+}
+
+// e^x - 1 with a small relative error near 0 too.
+OP_INLINE F32 expm1(F32 x) {
+  const F32 bounded = x > 89.0f ? splat(89.0f) : (x < -30.0f ? splat(-30.0f) : x);
+  const F32 k = round_even(bounded * 1.44269504f);
+  F32 r = fma(k, splat(-0.693359375f), bounded);
+  r = fma(k, splat(2.12194440e-4f), r);
+  F32 q = splat(1.3818296e-3f);
+  q = fma(q, r, splat(8.368532e-3f));
+  q = fma(q, r, splat(4.1668292e-2f));
+  q = fma(q, r, splat(0.16666523f));
+  q = fma(q, r, splat(0.49999994f));
+  const F32 tail = fma(q, r * r, r);                       // e^r - 1
+  const I32 whole = truncate(x == x ? k : splat(0.0f)), half = whole >> 1;
+  const F32 low = as_f32((half + 127) << 23), high = as_f32((whole - half + 127) << 23);
+  return fma(tail * low, high, fma(low, high, splat(-1.0f)));
+}
+
+}  // namespace onepass::ONEPASS_ISA

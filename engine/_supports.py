@@ -1,0 +1,42 @@
+"""What each implementation takes: None, or the reason why it cannot take a call. Arguments are the core op's."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def native_cpu(*tensors: Tensor | None) -> str | None:
+    """The part that every CPU kernel asks: the extension is there and each tensor is in host memory."""
+    from . import _native
+
+    if _native.error is not None:
+        return _native.error
+    for x in tensors:
+        if x is not None and x.device.type != "cpu":
+            return f"a tensor is on {x.device}, the kernel reads host memory"
+    return None
+
+
+def cpu_dtype(dtype: torch.dtype) -> str | None:
+    return None if dtype in _CPU_DTYPES else f"dtype is {dtype}, the kernel takes float32, bfloat16 and float16"
+
+
+def floats_cpu(*args: Any) -> str | None:
+    """Host tensors whose first one has a dtype that the kernels know."""
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    return native_cpu(*tensors) or cpu_dtype(tensors[0].dtype)
+
+
+def rng_cpu(shape: Any, distribution: str, seed: int, seeds: Tensor | None, stream: int, streams: Tensor | None,
+            offset: int, offsets: Tensor | None, dtype: torch.dtype, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"device is {device}, the kernel writes host memory"
+    return native_cpu(seeds, streams, offsets) or cpu_dtype(dtype)
+
+
+def reparam_backward_cpu(grad_z: Tensor | None, grad_kl: Tensor | None, mean: Tensor, *args: Any) -> str | None:
+    return floats_cpu(mean, *args) or native_cpu(grad_z, grad_kl)

@@ -1,0 +1,161 @@
+"""THE table: which op runs on which backend. `onepass info` prints it, docs/ops.md is made from it."""
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import _supports as supports
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+_DEVICE_BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}      # preferred first; the reference takes the rest
+
+
+class FallbackWarning(UserWarning):
+    """No kernel could take a call and the reference took it; given once per op and reason."""
+
+
+@dataclass(frozen=True)
+class Impl:
+    path: str                               # "module:function", imported at first use
+    supports: Callable[..., str | None]     # of the core arguments: None, or why this implementation cannot take them
+    takes: str                              # the same in words, for the table
+
+    @functools.cached_property
+    def function(self) -> Callable[..., Any]:
+        module, name = self.path.split(":")
+        return getattr(importlib.import_module(module), name)
+
+
+@dataclass(frozen=True)
+class Op:
+    """A core op: tensors and scalars in, a fixed tuple of tensors out."""
+
+    name: str
+    schema: str                             # without the name; every op ends in `*, str? backend=None`
+    public: str                             # the public functions that it serves
+    impls: dict[str, Impl]
+
+
+_KEYS = "SymInt seed, Tensor? seeds, SymInt stream, Tensor? streams, SymInt offset, Tensor? offsets"
+_HALF_AND_SINGLE = "float32, bfloat16, float16"
+
+
+def _reference(path: str) -> Impl:
+    return Impl(f"onepass.reference.{path}", lambda *args: None, "every dtype and device")
+
+
+_TABLE = [
+    Op(
+        "rng_fill",
+        f"(SymInt[] shape, str distribution, {_KEYS}, ScalarType dtype, Device device, *, str? backend=None) -> Tensor",
+        "rng.uniform, rng.normal, rng.gumbel, rng.exponential, rng.laplace, rng.logistic",
+        {
+            "cpu": Impl("onepass._native.rng:fill", supports.rng_cpu, _HALF_AND_SINGLE),
+            "reference": _reference("rng:fill"),
+        },
+    ),
+    Op(
+        "reparameterize",
+        f"(Tensor mean, Tensor logvar, Tensor? noise, {_KEYS}, bool kl, *, str? backend=None) -> (Tensor z, Tensor kl)",
+        "reparameterize, reparameterize_kl",
+        {
+            "cpu": Impl("onepass._native.reparam:forward", supports.floats_cpu, f"{_HALF_AND_SINGLE}; any strides"),
+            "reference": _reference("reparam:reparameterize"),
+        },
+    ),
+    Op(
+        "reparameterize_backward",
+        "(Tensor? grad_z, Tensor? grad_kl, Tensor mean, Tensor logvar, Tensor? noise, "
+        f"{_KEYS}, bool noise_grad, *, str? backend=None) -> (Tensor grad_mean, Tensor grad_logvar, Tensor grad_noise)",
+        "the gradient of reparameterize and reparameterize_kl",
+        {
+            "cpu": Impl(
+                "onepass._native.reparam:backward", supports.reparam_backward_cpu, f"{_HALF_AND_SINGLE}; any strides"
+            ),
+            "reference": _reference("reparam:reparameterize_backward"),
+        },
+    ),
+]
+
+OPS = {op.name: op for op in _TABLE}
+
+
+def _known(backend: str | None, what: str = "backend") -> str | None:
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{what}={backend!r}: expected one of {', '.join(BACKENDS)} or None")
+    return backend
+
+
+_chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "onepass_backend", default=_known(os.environ.get("ONEPASS_BACKEND") or None, "ONEPASS_BACKEND")
+)
+_warned: set[tuple[str, str]] = set()
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Calls inside the block run on backend `name`, or raise ValueError with the reason; None restores the choice."""
+    token = _chosen.set(_known(name))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def refusal(op: Op, backend: str, args: tuple[Any, ...]) -> str | None:
+    """Why `backend` cannot take this call of the core op, or None."""
+    impl = op.impls.get(backend)
+    if impl is None:
+        return f"{op.name} has no {backend} kernel yet"
+    return impl.supports(*args)
+
+
+def choose(name: str, args: tuple[Any, ...], backend: str | None = None) -> str:
+    """The backend that takes this call: the one asked for or ValueError, else the first of the row that can.
+
+    Reads dtype, device, layout and a row's own sizes; never the batch size or the thread count.
+    """
+    op = OPS[name]
+    wanted = _known(backend) if backend is not None else _chosen.get()
+    if wanted is not None:
+        if why := refusal(op, wanted, args):
+            raise ValueError(f"{name}: backend={wanted!r} cannot take this call: {why}")
+        return wanted
+    reasons = []
+    for candidate in _DEVICE_BACKENDS.get(_device_type(args), ()):
+        why = refusal(op, candidate, args)
+        if why is None:
+            return candidate
+        reasons.append(why)
+    if reasons:
+        _warn(name, "; ".join(reasons))
+    return "reference"
+
+
+def resolve(name: str, args: tuple[Any, ...], backend: str | None = None) -> Callable[..., Any]:
+    """The function of the backend that `choose` names."""
+    return OPS[name].impls[choose(name, args, backend)].function
+
+
+def _device_type(args: tuple[Any, ...]) -> str:
+    for x in args:
+        if isinstance(x, torch.Tensor):
+            return x.device.type
+        if isinstance(x, torch.device):
+            return x.type
+    return "cpu"
+
+
+def _warn(name: str, reason: str) -> None:
+    if (name, reason) not in _warned:
+        _warned.add((name, reason))
+        warnings.warn(f"{name} runs on the reference: {reason}", FallbackWarning, stacklevel=2)

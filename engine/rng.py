@@ -1,0 +1,113 @@
+"""Random numbers keyed by (seed, stream, element): the same bits on every backend, in any batch, from any offset.
+
+Philox4x32-10 with key `seed` modulo 2^64 and counter (offset + i // 4, stream); element i of a row, in logical
+row-major order, is word i % 4 of its block. `reference/rng.py` defines how a word becomes a float32; half types round
+that float32 once.
+
+All functions take
+    shape     sizes of the result
+    seed      int, or int64 tensor [] or [shape[0]] on `device`; None draws one from torch's default generator
+    stream    int or int64 tensor [] or [shape[0]]; bits 56 to 63 are 0 here and name the op elsewhere
+    offset    blocks of four elements to skip: int or int64 tensor [] or [shape[0]]
+    dtype     float32 (default: torch's default dtype), bfloat16, float16 or float64
+    device    default: that of `seed` where it is a tensor, else torch's default device
+    out       a tensor to write, of that shape and dtype
+    backend   "cpu", "reference", ...; None chooses
+With a [shape[0]] tensor each row of dim 0 has its own key and counts its own elements; otherwise the whole tensor is one
+row. They raise ValueError or TypeError that names the argument.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _checks as check
+from ._ops import call
+
+
+def _fill(
+    distribution: str,
+    shape: Sequence[int],
+    seed: int | Tensor | None,
+    stream: int | Tensor,
+    offset: int | Tensor,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    out: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    sizes = [shape] if isinstance(shape, int) else list(shape)
+    for size in sizes:
+        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)) or size < 0:
+            raise ValueError(f"shape={tuple(sizes)}: expected sizes >= 0")
+    if device is None:
+        keyed = [x for x in (seed, stream, offset, out) if isinstance(x, Tensor)]
+        place = keyed[0].device if keyed else torch.get_default_device()
+    else:
+        place = torch.device(device)
+    kind = dtype or (out.dtype if isinstance(out, Tensor) else torch.get_default_dtype())
+    if kind not in check.FLOATS:
+        raise TypeError(f"dtype={kind}: expected float32, bfloat16, float16 or float64")
+    check.is_out(out, tuple(sizes), kind, place)
+    rows = sizes[0] if sizes else 1
+    parts = (
+        ("seed", check.fresh_seed(place) if seed is None else seed), ("stream", stream), ("offset", offset),
+    )
+    key = [part for name, value in parts for part in check.random_key(name, value, rows, place)]
+    return call("rng_fill", sizes, distribution, *key, kind, place, backend=backend, out=out)
+
+
+def uniform(
+    shape: Sequence[int], *, seed: int | Tensor | None = None, stream: int | Tensor = 0, offset: int | Tensor = 0,
+    dtype: torch.dtype | None = None, device: torch.device | str | None = None, out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Uniform on the open interval (0, 1): the smallest float32 is 2^-33, the largest 1 - 2^-24."""
+    return _fill("uniform", shape, seed, stream, offset, dtype, device, out, backend)
+
+
+def normal(
+    shape: Sequence[int], *, seed: int | Tensor | None = None, stream: int | Tensor = 0, offset: int | Tensor = 0,
+    dtype: torch.dtype | None = None, device: torch.device | str | None = None, out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Standard normal by Box and Muller (1958), two words a pair; |z| < 6.77."""
+    return _fill("normal", shape, seed, stream, offset, dtype, device, out, backend)
+
+
+def gumbel(
+    shape: Sequence[int], *, seed: int | Tensor | None = None, stream: int | Tensor = 0, offset: int | Tensor = 0,
+    dtype: torch.dtype | None = None, device: torch.device | str | None = None, out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Standard Gumbel, -ln(-ln(1 - u))."""
+    return _fill("gumbel", shape, seed, stream, offset, dtype, device, out, backend)
+
+
+def exponential(
+    shape: Sequence[int], *, seed: int | Tensor | None = None, stream: int | Tensor = 0, offset: int | Tensor = 0,
+    dtype: torch.dtype | None = None, device: torch.device | str | None = None, out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Exponential of rate 1, -ln u."""
+    return _fill("exponential", shape, seed, stream, offset, dtype, device, out, backend)
+
+
+def laplace(
+    shape: Sequence[int], *, seed: int | Tensor | None = None, stream: int | Tensor = 0, offset: int | Tensor = 0,
+    dtype: torch.dtype | None = None, device: torch.device | str | None = None, out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Laplace of scale 1: ln(2 u) below one half, else -ln(2 (1 - u))."""
+    return _fill("laplace", shape, seed, stream, offset, dtype, device, out, backend)
+
+
+def logistic(
+    shape: Sequence[int], *, seed: int | Tensor | None = None, stream: int | Tensor = 0, offset: int | Tensor = 0,
+    dtype: torch.dtype | None = None, device: torch.device | str | None = None, out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Standard logistic, ln u - ln(1 - u)."""
+    return _fill("logistic", shape, seed, stream, offset, dtype, device, out, backend)
