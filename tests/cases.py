@@ -1,0 +1,7 @@
+"""Shapes and dtypes that the tests share: one section a stem."""
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+# ---- reparam, rng: one vector, odd tails, several tiles of a row, zero sizes ----
+SHAPES = ((1,), (3, 5), (2, 4, 8, 8), (5, 1031), (2, 9001), (0, 7), (4, 0))

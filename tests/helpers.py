@@ -1,0 +1,39 @@
+"""What the tests of every op share."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import torch
+from torch import Tensor
+
+from onepass import _native
+
+ISAS: tuple[str, ...] = () if _native.error else tuple(_native._C.usable_isas)
+
+
+def assert_as_good_as_torch(got: Tensor, same_dtype: Tensor, truth: Tensor, name: str = "result") -> None:
+    """|got - truth| <= 2 |same_dtype - truth| + one ulp of the largest |truth|, by the largest element.
+
+    `truth` is the float64 reference, `same_dtype` plain PyTorch in the dtype of `got`.
+    """
+    assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
+    finite = truth.isfinite()
+    assert torch.equal(got.isfinite(), finite), f"{name}: finite in other places than the truth"
+    if not finite.any():
+        return
+    eps = torch.finfo(got.dtype).eps
+    got, same_dtype, truth = (x.double()[finite] for x in (got, same_dtype, truth))
+    error, torch_error = (got - truth).abs().max(), (same_dtype - truth).abs().max()
+    allowed = 2 * torch_error + truth.abs().max() * eps
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def run_python(code: str, **environment: str) -> str:
+    """Standard output of `code` in a fresh interpreter with these variables set; its output on failure."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
