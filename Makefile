@@ -1,39 +1,84 @@
-# Every command sets up what it needs: a virtual environment, the dependencies, the build.
+# Every command sets up what it needs: a virtual environment, the dependencies, the build. Repeated, it is quick.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+OUT ?= gpu_check_out
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc engine kernels benches -type f -not -name '*.so' -not -path '*/__pycache__/*' 2>/dev/null)
-CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+CXX_SOURCES := $(shell find csrc -type f -not -name '*.md')
+SANITIZED := build/sanitize
 
-.PHONY: help demo test test-all bench lint format docs build wheel-check gpu-check sanitize clean
+.PHONY: help build demo test test-all bench lint format docs gpu-check sanitize clean
 help:
 	@echo "make demo       four generative workloads, stock against onepass; writes demo_out/report.html"
-	@echo "make test       the test suite          make test-all   with the slow sweeps"
-	@echo "make bench      benchmarks to bench_out/            make lint       ruff, clang-format, mypy, generated docs"
-	@echo "make gpu-check  build, tests and baselines on an NVIDIA GPU machine (OUT=DIR)"
-	@echo "make sanitize   the CPU kernels under ASan and UBSan"
+	@echo "make test       the test suite; make test-all adds the slow sweeps"
+	@echo "make bench      benchmarks of every op, to bench_out/"
+	@echo "make lint       ruff, clang-format, mypy on the installed package, generated docs; make format mends"
+	@echo "make docs       writes docs/ops.md from the table of ops and backends"
+	@echo "make gpu-check  build, GPU tests and baselines on a machine with an NVIDIA GPU; OUT=DIR"
+	@echo "make sanitize   the tests of the CPU kernels under ASan and UBSan"
+	@echo "make TORCH='torch==X' ... chooses the build of PyTorch ($(TORCH))"
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: apt-get install python3 python3-venv python3-dev"; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "venv is missing: apt-get install python3-venv"; exit 1; }
-	@$(PYTHON) -c 'import sysconfig, pathlib, sys; sys.exit(not (pathlib.Path(sysconfig.get_path("include")) / "Python.h").exists())' \
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Python's venv is missing: apt-get install python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import sysconfig, pathlib; pathlib.Path(sysconfig.get_path("include"), "Python.h").stat()' 2>/dev/null \
 		|| { echo "Python.h is missing: apt-get install python3-dev"; exit 1; }
 	@command -v $${CXX:-c++} >/dev/null || { echo "a C++ compiler is missing: apt-get install g++"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" "pybind11>=2.13" "cmake>=3.25" ninja
 
-# torch first and by itself: a range would fetch a build for GPUs.
-$(VENV)/.torch-$(TORCH): $(BIN)/python
-	$(BIN)/pip install --quiet "$(TORCH)"
-	@rm -f $(VENV)/.torch-* && touch "$@"
+# torch first and by itself: a range would fetch a build for GPUs. The stamp holds the choice.
+$(VENV)/torch.txt: $(BIN)/python force
+	@echo "$(TORCH)" | cmp -s - $@ || { $(BIN)/pip install --quiet "$(TORCH)" && echo "$(TORCH)" > $@; }
+.PHONY: force
+force:
 
-$(VENV)/.dev: $(VENV)/.torch-$(TORCH) pyproject.toml
-	$(BIN)/python tools/dev_requirements.py | $(BIN)/pip install --quiet -r /dev/stdin
+$(VENV)/built: $(VENV)/torch.txt $(SOURCES)
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]'
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.dev $(SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
-	@touch $@
+build: $(VENV)/built
 
-build: $(VENV)/.built
+demo: build
+	$(BIN)/onepass demo
+
+test: build
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-all: build
+	$(BIN)/python -m pytest -q -m "not gpu"
+
+bench: build
+	$(BIN)/onepass bench
+
+# Types are checked on the package as installed: engine/ is onepass only there.
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	@$(BIN)/pip install --quiet --no-build-isolation --no-deps --upgrade --target build/installed .
+	cd build/installed && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p onepass
+	@$(BIN)/onepass info --markdown | diff -u docs/ops.md - || { echo "docs/ops.md is old: make docs"; exit 1; }
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+docs: build
+	$(BIN)/onepass info --markdown > docs/ops.md
+
+gpu-check:
+	$(PYTHON) benches/gpu_check.py --out $(OUT)
+
+# The extension with sanitizers goes to a folder of its own; libasan has to be the first library of the process.
+sanitize: build
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DONEPASS_CUDA=OFF \
+		-DONEPASS_SANITIZE=address,undefined -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
+		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath $(SANITIZED))/package/onepass
+	$(BIN)/cmake --build $(SANITIZED)
+	cp -r engine/. $(SANITIZED)/package/onepass/ && rm -f $(SANITIZED)/package/onepass/_C.*.so.orig
+	ONEPASS_SANITIZED=$(abspath $(SANITIZED)) tests/run_sanitized.sh $(BIN)/python
+
+clean:
+	rm -rf build $(VENV) *.egg-info engine/_C.*.so

@@ -44,7 +44,7 @@ def _fill(
             raise ValueError(f"shape={tuple(sizes)}: expected sizes >= 0")
     if device is None:
         keyed = [x for x in (seed, stream, offset, out) if isinstance(x, Tensor)]
-        place = keyed[0].device if keyed else torch.get_default_device()
+        place = keyed[0].device if keyed else torch.empty(0).device     # Dynamo refuses get_default_device
     else:
         place = torch.device(device)
     kind = dtype or (out.dtype if isinstance(out, Tensor) else torch.get_default_dtype())

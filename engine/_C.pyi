@@ -1,0 +1,27 @@
+"""Native kernels: see csrc/bindings.cpp. Pointers are integers, 0 for none."""
+
+_Key = tuple[int, int, int]     # number, pointer to int64 values, step from row to row
+_Rows = tuple[int, int]         # pointer, elements from one row to the next
+
+isa: str
+usable_isas: list[str]
+has_cuda: bool
+KL_TILE: int
+
+def cuda_devices() -> list[str]: ...
+
+def rng_fill(
+    distribution: int, seed: _Key, stream: _Key, offset: _Key, rows: int, length: int, dtype: int, out: int,
+    num_threads: int, /,
+) -> None: ...
+
+class Reparam:
+    def __init__(
+        self, rows: int, length: int, dtype: int, mean: _Rows, logvar: _Rows, noise: _Rows, seed: _Key, stream: _Key,
+        offset: _Key, keys_per_row: bool, num_threads: int, /,
+    ) -> None: ...
+
+def reparam_forward(call: Reparam, z: int, kl: int, partial: int, /) -> None: ...
+def reparam_backward(
+    call: Reparam, grad_z: _Rows, grad_kl: int, grad_mean: int, grad_logvar: int, grad_noise: int, /
+) -> None: ...

@@ -1,0 +1,118 @@
+"""Which backend takes a call, and what is said when none of the kernels can."""
+import json
+import warnings
+
+import pytest
+import torch
+from helpers import ISAS, run_python
+
+import onepass
+from onepass import registry
+
+needs_native = pytest.mark.skipif(not ISAS, reason="no native extension")
+ZERO = torch.zeros(2, 3)
+
+
+def test_every_row_has_a_reference_and_its_functions_exist():
+    for op in registry.OPS.values():
+        assert "reference" in op.impls and set(op.impls) <= set(registry.BACKENDS)
+        assert op.schema.rpartition("->")[0].rstrip().endswith("*, str? backend=None)")
+        for impl in op.impls.values():
+            assert callable(impl.function), impl.path
+
+
+@needs_native
+def test_argument_before_context_before_environment():
+    args = (ZERO, ZERO, None, 0, None, 0, None, 0, None, False)
+    assert registry.choose("reparameterize", args) == "cpu"
+    with onepass.use_backend("reference"):
+        assert registry.choose("reparameterize", args) == "reference"
+        assert registry.choose("reparameterize", args, "cpu") == "cpu"
+        with onepass.use_backend(None):
+            assert registry.choose("reparameterize", args) == "cpu"
+    with pytest.raises(ValueError, match="backend='fast': expected one of"), onepass.use_backend("fast"):
+        pass
+    code = (
+        "from onepass import registry; import torch; z = torch.zeros(1)\n"
+        "args = (z, z, None, 0, None, 0, None, 0, None, False)\n"
+        "print(registry.choose('reparameterize', args), registry.choose('reparameterize', args, 'cpu'))"
+    )
+    assert run_python(code, ONEPASS_BACKEND="reference").split() == ["reference", "cpu"]
+    with pytest.raises(AssertionError, match="ONEPASS_BACKEND='fast': expected one of"):
+        run_python("import onepass", ONEPASS_BACKEND="fast")
+
+
+@needs_native
+def test_a_fallback_warns_once_with_its_reason():
+    registry._warned.clear()
+    wide = ZERO.double()
+    with pytest.warns(onepass.FallbackWarning, match="reparameterize runs on the reference: dtype is torch.float64"):
+        onepass.reparameterize(wide, wide, seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        onepass.reparameterize(wide, wide, seed=1)
+        onepass.reparameterize(wide, wide, seed=1, backend="reference")
+
+
+BROKEN = """
+import sys, warnings
+sys.modules["onepass._C"] = None        # as a missing or unloadable extension looks
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    import torch, onepass
+    for _ in range(2):
+        onepass.reparameterize(torch.zeros(2), torch.zeros(2), seed=1)
+mine = [str(w.message) for w in seen if w.category is onepass.FallbackWarning]
+assert len(mine) == 1 and "the native extension onepass._C is not usable" in mine[0], mine
+try:
+    onepass.reparameterize(torch.zeros(2), torch.zeros(2), seed=1, backend="cpu")
+except ValueError as error:
+    assert "onepass._C is not usable" in str(error)
+    print("ok")
+"""
+
+
+def test_a_broken_extension_falls_back_with_one_warning():
+    assert run_python(BROKEN).strip() == "ok"
+
+
+@needs_native
+def test_an_instruction_set_that_this_cpu_lacks_is_named():
+    code = "import onepass._native as n; print(n.error)"
+    assert "ONEPASS_CPU_ISA='avx1024': this CPU runs" in run_python(code, ONEPASS_CPU_ISA="avx1024")
+
+
+@needs_native
+def test_backward_uses_the_backend_of_forward(monkeypatch):
+    ran = []
+    for name in ("reference", "cpu"):
+        impl = registry.OPS["reparameterize_backward"].impls[name]
+        monkeypatch.setitem(
+            impl.__dict__, "function", lambda *a, _f=impl.function, _n=name: ran.append(_n) or _f(*a)
+        )
+    for backend in ("reference", "cpu"):
+        mean, logvar = (torch.zeros(2, 3, requires_grad=True) for _ in range(2))
+        with onepass.use_backend(backend):
+            z = onepass.reparameterize(mean, logvar, seed=1)
+        z.sum().backward()
+    assert ran == ["reference", "cpu"]
+
+
+def test_info():
+    from onepass import _info, cli
+
+    facts = _info.collect()
+    assert set(facts["ops"]) == set(registry.OPS) and json.loads(json.dumps(facts)) == facts
+    text = _info.text()
+    assert max(map(len, text.splitlines())) <= 100
+    assert "cuda: no kernel yet" in text
+    assert all(f"`{name}`" in _info.markdown() for name in registry.OPS)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+
+
+def test_a_missing_extra_is_named():
+    code = "import sys; sys.modules['rich'] = None\nfrom onepass.cli import main\nmain(['demo', '--only', 'vae'])"
+    with pytest.raises(AssertionError, match=r"onepass demo needs rich.*pip install 'onepass\[demo\]'"):
+        run_python(code)

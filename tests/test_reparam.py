@@ -1,0 +1,258 @@
+"""reparameterize and its KL: against torch.distributions, float64 and gradcheck, on every backend."""
+import itertools
+import math
+
+import cases
+import pytest
+import torch
+import torch._dynamo.testing
+from helpers import ISAS, assert_as_good_as_torch, run_python
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import onepass
+from onepass.reference import reparam as reference
+
+BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not ISAS, reason="no native extension"))]
+needs_native = pytest.mark.skipif(not ISAS, reason="no native extension")
+KEY = (0, None, 0, None, 0, None)
+
+
+def inputs(shape, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [(scale * torch.randn(shape, generator=g)).to(dtype) for scale in (1, 1.5, 1)]
+
+
+def plain(mean, logvar, noise):
+    """What a VAE's author writes."""
+    return mean + torch.exp(0.5 * logvar) * noise
+
+
+def plain_kl(mean, logvar):
+    elements = 0.5 * (logvar.exp() + mean**2 - 1 - logvar)
+    return elements.sum(tuple(range(1, elements.dim()))) if elements.dim() > 1 else elements
+
+
+def test_reference_against_torch_distributions():
+    mean, logvar, noise = inputs((6, 5, 7), torch.float64)
+    z, kl = reference.reparameterize(mean, logvar, noise, *KEY, True)
+    posterior = torch.distributions.Normal(mean, (0.5 * logvar).exp())
+    prior = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
+    torch.testing.assert_close(kl, torch.distributions.kl_divergence(posterior, prior).sum((1, 2)))
+    torch.testing.assert_close((z - mean) / posterior.stddev, noise)
+
+
+@pytest.mark.parametrize("kl", [False, True])
+@pytest.mark.parametrize("keys", [KEY, (0, torch.arange(3), 5, None, 0, None)])
+def test_reference_gradcheck(kl, keys):
+    mean, logvar, noise = (x.requires_grad_() for x in inputs((3, 2, 5), torch.float64))
+    assert torch.autograd.gradcheck(lambda m, v: reference.reparameterize(m, v, None, *keys, kl), (mean, logvar))
+    assert torch.autograd.gradcheck(
+        lambda *t: onepass.reparameterize_kl(t[0], t[1], noise=t[2], backend="reference"), (mean, logvar, noise)
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", cases.FLOATS)
+@pytest.mark.parametrize("shape", cases.SHAPES)
+def test_values_and_gradients(shape, dtype, backend):
+    leaves = [x.requires_grad_() for x in inputs(shape, dtype)]
+    z, kl = onepass.reparameterize_kl(leaves[0], leaves[1], noise=leaves[2], backend=backend)
+    assert z.dtype == dtype and kl.dtype == torch.float32 and z.is_contiguous()
+    same = [x.detach().requires_grad_() for x in leaves]
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    outputs = {name: (plain(*t), plain_kl(*t[:2])) for name, t in (("same", same), ("wide", wide))}
+    assert_as_good_as_torch(z, outputs["same"][0], outputs["wide"][0], "z")
+    assert_as_good_as_torch(kl, outputs["same"][1].float(), outputs["wide"][1], "kl")
+    grad_z, grad_kl = torch.randn(shape).to(dtype), torch.rand(shape[0])
+    torch.autograd.backward((z, kl), (grad_z, grad_kl))
+    torch.autograd.backward(outputs["same"], (grad_z, grad_kl.to(dtype)))
+    torch.autograd.backward(outputs["wide"], (grad_z.double(), grad_kl.double()))
+    for name, a, b, c in zip(("mean", "logvar", "noise"), leaves, same, wide, strict=True):
+        assert_as_good_as_torch(a.grad, b.grad, c.grad, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("keys", [{"seed": 7, "stream": 3, "offset": 5}, {"seed": torch.arange(5) - 2, "stream": 9}])
+def test_the_noise_is_the_keys_own_and_backward_replays_it(keys, backend):
+    mean, logvar, _ = (x.requires_grad_() for x in inputs((5, 1031)))
+    z, kl = onepass.reparameterize_kl(mean, logvar, **keys, backend=backend)
+    noise = onepass.rng.normal((5, 1031), **{**keys, "stream": keys["stream"] + (1 << 56)}, backend="reference")
+    torch.testing.assert_close(z, plain(mean, logvar, noise))
+    grad = torch.randn(5, 1031)
+    got = torch.autograd.grad((z, kl.sum()), (mean, logvar), (grad, torch.tensor(0.3)))
+    expected = torch.autograd.grad((plain(mean, logvar, noise), plain_kl(mean, logvar).sum()), (mean, logvar),
+                                   (grad, torch.tensor(0.3)))
+    torch.testing.assert_close(got, expected)
+
+
+@needs_native
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_views_and_strides(data):
+    """Chunks of one tensor, permuted dims, expanded and offset views: the values of their contiguous copies."""
+    shape = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
+    order = data.draw(st.permutations(range(len(shape))))
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    base = torch.randn([2, *(s + data.draw(st.integers(0, 3)) for s in shape)], generator=g)
+    crop = tuple(slice(b - s, b) for s, b in zip(shape, base.shape[1:], strict=True))
+    mean, logvar = (base[i][crop].permute(order) for i in (0, 1))
+    got = onepass.reparameterize_kl(mean, logvar, seed=3, backend="cpu")
+    expected = onepass.reparameterize_kl(mean.contiguous(), logvar.contiguous(), seed=3, backend="cpu")
+    assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_chunked_tensor_needs_no_copy(backend, monkeypatch):
+    parameters = torch.randn(3, 8, 6, 6)
+    mean, logvar = parameters.chunk(2, dim=1)
+    if backend == "cpu":
+        from onepass._native import by_rows
+
+        assert by_rows(mean)[0] is mean and by_rows(mean)[1] == parameters.stride(0)
+    torch.testing.assert_close(
+        onepass.reparameterize(mean, logvar, seed=1, backend=backend),
+        onepass.reparameterize(mean.contiguous(), logvar.contiguous(), seed=1, backend="reference"),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_do_not_depend_on_the_batch_or_the_threads(backend):
+    mean, logvar, _ = inputs((6, 3, 4099))
+    seeds = torch.arange(6) + 2**33
+    run = lambda m, v, s: onepass.reparameterize_kl(m, v, seed=s, backend=backend)
+    z, kl = run(mean, logvar, seeds)
+    assert all(map(torch.equal, run(mean, logvar, seeds), (z, kl)))
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            for b in range(6):
+                z1, kl1 = run(mean[b : b + 1], logvar[b : b + 1], seeds[b : b + 1])
+                assert torch.equal(z1[0], z[b]) and torch.equal(kl1[0], kl[b])
+    finally:
+        torch.set_num_threads(threads)
+
+
+ISA_CODE = """
+import torch, onepass
+from onepass import _native
+assert _native._C.isa == {isa!r}
+g = torch.Generator().manual_seed(0)
+mean, logvar, noise = (torch.randn(3, 1037, generator=g) for _ in range(3))
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    m, v, n = (x.to(dtype).requires_grad_() for x in (mean, logvar, noise))
+    results = []
+    for backend in ("cpu", "reference"):
+        for given in ({{"noise": n}}, {{"seed": 3}}):
+            z, kl = onepass.reparameterize_kl(m, v, **given, backend=backend)
+            results.append((z, kl, *torch.autograd.grad((z.float().sum() + kl.sum()), (m, v))))
+    for a, b in ((results[0], results[2]), (results[1], results[3])):
+        torch.testing.assert_close(a, b)
+print("ok")
+"""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set(isa):
+    assert run_python(ISA_CODE.format(isa=isa), ONEPASS_CPU_ISA=isa).strip() == "ok"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_values_go_where_plain_torch_sends_them(backend):
+    mean = torch.tensor([[0.0, 1e30, -1e30, 0.0, math.inf, math.nan, 1.0, 1.0]])
+    logvar = torch.tensor([[-math.inf, -200.0, 170.0, 88.0, 0.0, 0.0, math.nan, -104.0]])
+    noise = torch.ones(1, 8)
+    z = onepass.reparameterize(mean, logvar, noise=noise, backend=backend)
+    torch.testing.assert_close(z, plain(mean, logvar, noise), equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_out_and_reductions(backend):
+    mean, logvar, noise = inputs((4, 33))
+    out = torch.full((4, 40), math.nan)
+    z, kl = onepass.reparameterize_kl(mean, logvar, noise=noise, out=out[:, 5:38], backend=backend)
+    assert z.data_ptr() == out[:, 5:38].data_ptr() and out[:, :5].isnan().all() and out[:, 38:].isnan().all()
+    torch.testing.assert_close(z, plain(mean, logvar, noise))
+    for reduction, expected in (("sum", kl.sum()), ("mean", kl.mean())):
+        assert torch.equal(onepass.reparameterize_kl(mean, logvar, noise=noise, reduction=reduction, backend=backend)[1],
+                           expected)
+
+
+@needs_native
+def test_forward_saves_nothing_but_its_inputs():
+    mean, logvar, _ = (x.requires_grad_() for x in inputs((4, 4096)))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        onepass.reparameterize_kl(mean, logvar, seed=1)
+    assert {x.data_ptr() for x in saved} == {mean.data_ptr(), logvar.data_ptr()}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_library_op(backend):
+    mean, logvar, noise = (x.requires_grad_() for x in inputs((3, 7)))
+    for given, kl in itertools.product((noise, None), (True, False)):
+        key = (0, torch.arange(3), 2, None, 0, None)
+        args = (mean, logvar, given, *key, kl)
+        torch.library.opcheck(torch.ops.onepass.reparameterize.default, args, {"backend": backend})
+        grads = (torch.randn(3, 7), torch.randn(3) if kl else None)
+        args = (*grads, mean.detach(), logvar.detach(), None if given is None else given.detach(), *key, given is not None)
+        torch.library.opcheck(torch.ops.onepass.reparameterize_backward.default, args, {"backend": backend})
+
+
+def test_compile_fake_make_fx_vmap_autocast():
+    torch._dynamo.reset()
+    mean, logvar, noise = inputs((3, 7))
+
+    def f(m, v, n, s):
+        z, kl = onepass.reparameterize_kl(m, v, seed=s)
+        return (z * onepass.reparameterize(m, v, noise=n)).sum() + kl.sum()
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    for seed in (torch.tensor(1), torch.tensor(2)):
+        leaves = [x.clone().requires_grad_() for x in (mean, logvar, noise)]
+        again = [x.clone().requires_grad_() for x in (mean, logvar, noise)]
+        compiled(*leaves, seed).backward()
+        f(*again, seed).backward()
+        for a, b in zip(leaves, again, strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+    assert counter.frame_count == 1
+
+    with torch._subclasses.FakeTensorMode():
+        z, kl = onepass.reparameterize_kl(torch.empty(3, 7), torch.empty(3, 7), seed=1)
+        assert z.shape == (3, 7) and kl.shape == (3,)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(f)(mean, logvar, noise, torch.tensor(4))
+    torch.testing.assert_close(traced(mean, logvar, noise, torch.tensor(4)), f(mean, logvar, noise, torch.tensor(4)))
+    run = lambda m, v, n: onepass.reparameterize(m, v, noise=n)
+    torch.testing.assert_close(torch.func.vmap(run)(mean, logvar, noise), run(mean, logvar, noise))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run(mean, logvar, noise), run(mean, logvar, noise))
+        assert run(mean, logvar, noise).dtype == torch.float32
+
+
+def test_compiles_with_inductor():
+    torch._dynamo.reset()
+    mean, logvar, _ = inputs((3, 7))
+    f = torch.compile(lambda m, v: onepass.reparameterize(m, v, seed=5).sin(), fullgraph=True)
+    torch.testing.assert_close(f(mean, logvar), onepass.reparameterize(mean, logvar, seed=5).sin())
+
+
+@pytest.mark.parametrize(("change", "error", "text"), [
+    ({"mean": 3}, TypeError, "mean is int, expected a tensor"),
+    ({"mean": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "mean has dtype torch.int64, expected float32"),
+    ({"logvar": torch.zeros(3)}, ValueError, r"logvar has shape \(3,\), expected that of mean, \(2, 3\)"),
+    ({"logvar": torch.zeros(2, 3).half()}, TypeError, "logvar has dtype torch.float16, expected that of mean"),
+    ({"noise": torch.zeros(2, 4)}, ValueError, r"noise has shape \(2, 4\)"),
+    ({"noise": torch.zeros(2, 3), "seed": 1}, ValueError, "noise and seed are both given"),
+    ({"seed": torch.arange(3)}, ValueError, r"seed has shape \(3,\), expected \(\) or \(2,\)"),
+    ({"stream": 2**56}, ValueError, r"stream=72057594037927936: expected 0 <= stream < 2\*\*56"),
+    ({"out": torch.zeros(2, 3).half()}, TypeError, "out has dtype torch.float16, expected torch.float32"),
+    ({"reduction": "all"}, ValueError, "reduction='all': expected one of row, sum, mean"),
+    ({"backend": "triton"}, ValueError, "backend='triton' cannot take this call: reparameterize has no triton kernel"),
+    ({"mean": torch.zeros(2, 3).double(), "logvar": torch.zeros(2, 3).double(), "backend": "cpu"}, ValueError,
+     "dtype is torch.float64, the kernel takes"),
+])
+def test_bad_input(change, error, text):
+    with pytest.raises(error, match=text):
+        onepass.reparameterize_kl(**{"mean": torch.zeros(2, 3), "logvar": torch.zeros(2, 3), **change})

@@ -1,0 +1,230 @@
+"""Random numbers: known answers, the frozen recipe, the same bits everywhere, and statistics."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo.testing
+from helpers import ISAS, run_python
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import onepass
+from onepass import rng
+from onepass.reference import rng as reference
+
+FUNCTIONS = {name: getattr(rng, name) for name in reference.DISTRIBUTIONS}
+needs_native = pytest.mark.skipif(not ISAS, reason="no native extension")
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), [       # Random123's kat_vectors for philox4x32-10
+    ((0,) * 4, (0,) * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
+     (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+])
+def test_philox_known_answers(counter, key, expected):
+    tensors = lambda xs: tuple(torch.tensor([x]) for x in xs)
+    assert tuple(int(x) for x in reference.philox(tensors(counter), tensors(key))) == expected
+
+
+GOLDEN = {      # float32 bits of elements 0 to 7, seed 0x123456789ABCDEF0, stream 0x0100000000000007, offset 2^32 - 1
+    "uniform": "3f7da2e1 3f5f4568 3f21cbc0 3f4978d7 3f58cbec 3e081c7b 3f036cf8 3efc4e48",
+    "normal": "3dc1b0ae bdc8bf48 3e620042 bf6ea3d5 3ec6192e 3edade30 bf93a851 3d565b11",
+    "gumbel": "bfc5ad45 bf38a130 39961d80 bedf3793 bf211de0 3ff948cb 3ea7ffab 3ec6593e",
+    "exponential": "3c17fba7 3e0c12d8 3eeaed50 3e754689 3e2a350d 400126e6 3f2aaf37 3f352ab4",
+    "laplace": "407f794f 3fae9018 3e9cf64a 3f5a72f3 3f977543 bfa994c0 3cde3ab9 bc6e26f5",
+    "logistic": "40959eed 3ff5c6c9 3f0a7695 3fa749b5 3fdae7ad bff00c40 3d5b4b70 bcec7240",
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_golden_words(name, backend):
+    drawn = FUNCTIONS[name](
+        (8,), seed=0x123456789ABCDEF0, stream=0x0100000000000007, offset=2**32 - 1, dtype=torch.float32, backend=backend
+    )
+    assert [f"{x & 0xFFFFFFFF:08x}" for x in drawn.view(torch.int32).tolist()] == GOLDEN[name].split()
+
+
+def test_uniform_follows_its_formula():
+    words = reference.words(1, 4096, torch.tensor(3), torch.tensor(0), torch.tensor(0))[0].numpy().astype(np.uint32)
+    u = np.minimum(words.astype(np.float32) * np.float32(2**-32) + np.float32(2**-33), np.float32(1 - 2**-24))
+    assert np.array_equal(rng.uniform((4096,), seed=3, dtype=torch.float32).numpy(), u)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_draws_follow_their_formulas(name):
+    """float64 formulas on the same uniforms; the extreme words 0 and 2^32 - 1 too."""
+    words = reference.words(1, 8192, torch.tensor(11), torch.tensor(5), torch.tensor(0))
+    words[0, :4] = torch.tensor([0, 0xFFFFFFFF, 0xFFFFFFFF, 0])
+    u = reference.unit(words).double()
+    pair = u.reshape(1, -1, 2)
+    radius, angle = (-2 * pair[..., 0].log()).sqrt(), 2 * math.pi * pair[..., 1]
+    expected = {
+        "uniform": u,
+        "normal": torch.stack((radius * angle.cos(), radius * angle.sin()), -1).reshape(u.shape),
+        "exponential": -u.log(),
+        "gumbel": -(-torch.log1p(-u)).log(),
+        "logistic": u.log() - torch.log1p(-u),
+        "laplace": torch.where(u < 0.5, (2 * u).log(), -(2 * (1 - u)).log()),
+    }[name]
+    got = reference.draw(words, name)
+    assert got.dtype == torch.float32 and got.isfinite().all()
+    torch.testing.assert_close(got.double(), expected, rtol=6e-7, atol=8e-7)
+
+
+@needs_native
+@settings(deadline=None, max_examples=60)
+@given(
+    name=st.sampled_from(sorted(FUNCTIONS)), shape=st.lists(st.integers(0, 70), min_size=0, max_size=3),
+    seed=st.integers(0, 2**64 - 1), stream=st.integers(0, 2**64 - 1),
+    offset=st.one_of(st.integers(0, 2**20), st.integers(2**32 - 40, 2**32 + 40), st.integers(2**63, 2**64 - 1)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_cpu_is_bit_equal_to_the_reference(name, shape, seed, stream, offset, dtype):
+    draw = lambda backend: FUNCTIONS[name](shape, seed=seed, stream=stream, offset=offset, dtype=dtype, backend=backend)
+    assert torch.equal(draw("cpu"), draw("reference"))
+
+
+DIGEST = """
+import hashlib, torch
+from onepass import _native, rng
+from onepass.reference.rng import DISTRIBUTIONS
+assert _native._C.isa == {isa!r}
+h = hashlib.sha256()
+for name in DISTRIBUTIONS:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = getattr(rng, name)((3, 40001), seed=torch.tensor([1, 2**40, -5]), stream=9, dtype=dtype, backend={backend!r})
+        h.update(x.contiguous().view(torch.uint8).numpy().tobytes())
+print(h.hexdigest())
+"""
+
+
+@needs_native
+def test_every_instruction_set_gives_the_same_bits():
+    digests = {isa: run_python(DIGEST.format(isa=isa, backend="cpu"), ONEPASS_CPU_ISA=isa) for isa in ISAS}
+    digests["reference"] = run_python(DIGEST.format(isa=ISAS[-1], backend="reference"))
+    assert len(set(digests.values())) == 1, digests
+
+
+@needs_native
+def test_the_error_over_a_sample_of_words_is_below_two_ulp():
+    import rng_error
+
+    assert max(rng_error.measure(stride=4099).values()) < 2
+
+
+@pytest.mark.slow
+def test_the_error_over_every_word_is_below_two_ulp():
+    import rng_error
+
+    assert max(rng_error.measure(stride=1).values()) < 2
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
+def test_rows_offsets_and_prefixes(backend):
+    """A row has the bits it has alone; a longer draw begins with the shorter one; offset skips blocks of four."""
+    seeds = torch.tensor([5, -1, 2**40, 5])
+    batch = rng.normal((4, 3, 37), seed=seeds, stream=torch.tensor([0, 1, 2, 3]), backend=backend)
+    for b in range(4):
+        alone = rng.normal((3, 37), seed=int(seeds[b]), stream=b, backend=backend)
+        assert torch.equal(batch[b], alone)
+        assert torch.equal(rng.normal((1, 3, 37), seed=seeds[b : b + 1], stream=b, backend=backend)[0], alone)
+    longer = rng.normal((1000,), seed=8, backend=backend)
+    assert torch.equal(rng.normal((999,), seed=8, backend=backend), longer[:999])
+    assert torch.equal(rng.normal((600,), seed=8, offset=100, backend=backend), longer[400:])
+    assert torch.equal(rng.normal((600,), seed=torch.tensor(8), offset=torch.tensor(100), backend=backend), longer[400:])
+    assert not torch.equal(rng.normal((1000,), seed=8, stream=1, backend=backend), longer)
+
+
+@needs_native
+def test_strided_keys_and_thread_counts():
+    seeds = torch.arange(12)[::3]
+    whole = rng.normal((4, 50000), seed=seeds, backend="cpu")
+    assert torch.equal(whole, rng.normal((4, 50000), seed=seeds.clone(), backend="reference"))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(whole, rng.normal((4, 50000), seed=seeds, backend="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
+def test_out_takes_views_and_nothing_else_changes(backend):
+    base = torch.full((6, 40), math.nan)
+    view = base[1:5, 3:37]
+    got = rng.normal((4, 34), seed=3, out=view, backend=backend)
+    assert got.data_ptr() == view.data_ptr()
+    assert torch.equal(view, rng.normal((4, 34), seed=3, backend="reference"))
+    assert base[0].isnan().all() and base[5].isnan().all() and base[:, :3].isnan().all() and base[:, 37:].isnan().all()
+
+
+def test_seed_none_follows_torchs_generator():
+    torch.manual_seed(1)
+    first, second = rng.normal((16,)), rng.normal((16,))
+    torch.manual_seed(1)
+    assert torch.equal(rng.normal((16,)), first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("name", "mean", "variance"), [
+    ("uniform", 0.5, 1 / 12), ("normal", 0, 1), ("exponential", 1, 1), ("gumbel", 0.5772156649, math.pi**2 / 6),
+    ("laplace", 0, 2), ("logistic", 0, math.pi**2 / 3),
+])
+def test_moments_and_distribution(name, mean, variance):
+    n = 400_000
+    x = FUNCTIONS[name]((n,), seed=42, dtype=torch.float32).double()
+    assert abs(x.mean() - mean) < 5 * math.sqrt(variance / n)
+    assert abs(x.var() / variance - 1) < 0.02
+    cdf = {
+        "uniform": lambda x: x, "normal": torch.special.ndtr, "exponential": lambda x: -torch.expm1(-x),
+        "gumbel": lambda x: (-(-x).exp()).exp(), "logistic": torch.sigmoid,
+        "laplace": lambda x: torch.where(x < 0, x.exp() / 2, 1 - (-x).exp() / 2),
+    }[name]
+    # Kolmogorov's bound at a chance of 1e-6: sqrt(ln(2 / 1e-6) / 2).
+    even = torch.arange(1, n + 1, dtype=torch.float64) / n
+    assert (cdf(x.sort().values) - even).abs().max() * math.sqrt(n) < 2.7
+
+
+def test_neighbouring_keys_are_not_correlated():
+    draws = torch.stack([rng.normal((50_000,), seed=s, stream=t) for s in range(4) for t in range(4)])
+    away = torch.corrcoef(draws) - torch.eye(16)
+    serial = torch.corrcoef(torch.stack((draws[0, :-1], draws[0, 1:])))[0, 1]
+    assert away.abs().max() < 5 / math.sqrt(50_000) and serial.abs() < 5 / math.sqrt(50_000)
+
+
+@pytest.mark.parametrize(("kwargs", "error", "text"), [
+    ({"shape": (3, -1)}, ValueError, r"shape=\(3, -1\): expected sizes >= 0"),
+    ({"seed": 1.5}, TypeError, "seed is float, expected an int or an int64 tensor"),
+    ({"seed": torch.zeros(3)}, TypeError, "seed has dtype torch.float32"),
+    ({"seed": torch.arange(5)}, ValueError, r"seed has shape \(5,\), expected \(\) or \(3,\)"),
+    ({"dtype": torch.int32}, TypeError, "dtype=torch.int32: expected float32"),
+    ({"out": torch.zeros(2)}, ValueError, r"out has shape \(2,\), expected \(3, 4\)"),
+    ({"backend": "gpu"}, ValueError, "backend='gpu': expected one of cuda, triton, cpu, reference"),
+    ({"backend": "cuda"}, ValueError, "rng_fill: backend='cuda' cannot take this call: rng_fill has no cuda kernel"),
+])
+def test_bad_input(kwargs, error, text):
+    with pytest.raises(error, match=text):
+        onepass.rng.normal(**{"shape": (3, 4), "seed": 0, **kwargs})
+
+
+def test_library_op():
+    args = ([3, 5], "normal", 7, None, 0, None, 0, None, torch.float32, torch.device("cpu"))
+    torch.library.opcheck(torch.ops.onepass.rng_fill.default, args)
+    seeds = ([3, 5], "normal", 0, torch.arange(3), 0, None, 0, None, torch.float32, torch.device("cpu"))
+    torch.library.opcheck(torch.ops.onepass.rng_fill.default, seeds)
+
+
+def test_compiles_without_recompiling_for_a_new_seed():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    f = torch.compile(lambda x, seed: x + rng.normal(x.shape, seed=seed), fullgraph=True, backend=counter)
+    x = torch.zeros(4, 6)
+    for seed in (torch.tensor(3), torch.tensor(4)):
+        assert torch.equal(f(x, seed), rng.normal((4, 6), seed=seed))
+    assert counter.frame_count == 1
+    for seed in (5, 6, 7, 8):
+        assert torch.equal(f(x, seed), rng.normal((4, 6), seed=seed))
+    assert counter.frame_count <= 3         # an int argument: once as a constant, once as a symbol
