@@ -15,6 +15,7 @@ PACKAGES = {
     "onepass": "engine",
     "onepass._native": "engine/_native",
     "onepass._ops": "engine/_ops",
+    "onepass.demo": "engine/demo",
     "onepass.reference": "engine/reference",
     "onepass.kernels": "kernels",
 }
@@ -50,7 +51,7 @@ class CMakeBuild(build_ext):
 setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
-    package_data={"onepass": ["py.typed", "*.pyi"]},
+    package_data={"onepass": ["py.typed", "*.pyi"], "onepass.demo": ["weights/*.safetensors"]},
     ext_modules=[Extension("onepass._C", [])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -2,8 +2,8 @@
 
     python examples/train_diffusion.py [--out FOLDER] [--steps N]
 
-About six minutes on two cores. Noise is predicted on DDPM's schedule (Ho et al., 2020); one label in eight is dropped, so
-that the model also serves classifier-free guidance (Ho & Salimans, 2022).
+About six minutes on two cores. Noise is predicted on DDPM's schedule (Ho et al., 2020); one label in eight is dropped,
+so that the model also serves classifier-free guidance (Ho and Salimans, 2022).
 """
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import math
 import pathlib
 
 import torch
-from rich.progress import track
-from torch.nn import functional as F
-
 from onepass.demo import digits, weights
 from onepass.demo.models import CLASSES, Denoiser
+from rich.progress import track
+from torch.nn import functional as F
 
 
 def main() -> None:
@@ -53,7 +52,7 @@ def main() -> None:
         rate.step()
         decay = min(0.998, (step + 1) / (step + 10))
         with torch.no_grad():
-            for mean, value in zip(average.parameters(), model.parameters()):
+            for mean, value in zip(average.parameters(), model.parameters(), strict=True):
                 mean.lerp_(value, 1 - decay)
         loss_mean += (loss.item() - loss_mean) * 0.01
         if (step + 1) % 500 == 0:

@@ -12,15 +12,14 @@ import dataclasses
 import math
 import pathlib
 import sysconfig
+from pydoc_data import topics
 
 import torch
-from pydoc_data import topics
-from rich.progress import track
-from torch.nn import functional as F
-
 from onepass.demo import weights
 from onepass.demo.bpe import Tokenizer, learn
 from onepass.demo.transformer import Config, Transformer, rotary_tables, train_attend
+from rich.progress import track
+from torch.nn import functional as F
 
 
 def corpus() -> str:

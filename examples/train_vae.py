@@ -11,10 +11,9 @@ import math
 import pathlib
 
 import torch
-from rich.progress import track
-
 from onepass.demo import digits, weights
 from onepass.demo.models import VAE
+from rich.progress import track
 
 SIGMA = 0.3  # the decoder's standard deviation: what weighs reconstruction against the KL
 

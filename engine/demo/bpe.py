@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import re
 
 _WORD = re.compile(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\n+|\s+(?!\S)|\s+")
@@ -30,7 +31,7 @@ def learn(text: str, vocab: int) -> list[Pair]:
     for token in range(256, vocab):
         counts: collections.Counter[Pair] = collections.Counter()
         for ids, n in words:
-            for pair in zip(ids, ids[1:]):
+            for pair in itertools.pairwise(ids):
                 counts[pair] += n
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         merges.append(best)
@@ -52,7 +53,7 @@ class Tokenizer:
     def _encode_word(self, word: str) -> list[int]:
         ids = list(word.encode())
         while len(ids) > 1:
-            pair = min(zip(ids, ids[1:]), key=lambda p: self._rank.get(p, len(self._bytes)))
+            pair = min(itertools.pairwise(ids), key=lambda p: self._rank.get(p, len(self._bytes)))
             if pair not in self._rank:
                 break
             ids = _merge(ids, pair, self._rank[pair])

@@ -1,4 +1,4 @@
-"""The two digit models: a variational autoencoder and a class-conditional denoiser. Images are [B, 1, 8, 8] in [-1, 1]."""
+"""The two digit models: an autoencoder and a class-conditional denoiser. Images are [B, 1, 8, 8] in [-1, 1]."""
 from __future__ import annotations
 
 import math
@@ -17,7 +17,8 @@ class VAE(nn.Module):
     def __init__(self, latent: int = LATENT, width: int = 256) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
-            nn.Flatten(), nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2 * latent)
+            nn.Flatten(),
+            nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2 * latent),
         )
         self.decoder = nn.Sequential(
             nn.Linear(latent, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 64), nn.Tanh()
@@ -53,6 +54,8 @@ class Residual(nn.Module):
 
 class Denoiser(nn.Module):
     """A U-Net of two resolutions that predicts the noise in `x` at time `t` (0 to 999) of class `label`."""
+
+    rate: Tensor
 
     def __init__(self, width: int = 32, condition: int = 64) -> None:
         super().__init__()

@@ -31,6 +31,6 @@ def save(model: nn.Module, name: str, folder: pathlib.Path, **extra: Any) -> pat
 def load(name: str, folder: pathlib.Path = FOLDER) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state dict in fp32, metadata) of `name`."""
     with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
-        state = {key: file.get_tensor(key).float() for key in file.keys()}
+        state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a dict)
         metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
     return state, metadata

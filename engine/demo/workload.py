@@ -97,5 +97,5 @@ def race(
                 sides[which](op)
             times[which].append((whole.seconds, op.seconds))
             bar.tick()
-    medians = [Side(*(statistics.median(column) for column in zip(*rows))) for rows in times]
+    medians = [Side(*(statistics.median(column) for column in zip(*rows, strict=True))) for rows in times]
     return results[0], results[1], medians[0], medians[1]
