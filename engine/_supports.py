@@ -6,17 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _native
+
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def native_cpu(*tensors: Tensor | None) -> str | None:
     """The part that every CPU kernel asks: the extension is there and each tensor is in host memory."""
-    from . import _native
-
     if _native.error is not None:
         return _native.error
     for x in tensors:
-        if x is not None and x.device.type != "cpu":
+        if x is not None and not x.is_cpu:
             return f"a tensor is on {x.device}, the kernel reads host memory"
     return None
 

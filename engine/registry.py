@@ -149,7 +149,7 @@ def resolve(name: str, args: tuple[Any, ...], backend: str | None = None) -> Cal
 def _device_type(args: tuple[Any, ...]) -> str:
     for x in args:
         if isinstance(x, torch.Tensor):
-            return x.device.type
+            return "cpu" if x.is_cpu else x.device.type
         if isinstance(x, torch.device):
             return x.type
     return "cpu"
