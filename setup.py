@@ -1,4 +1,4 @@
-"""Builds onepass._C with CMake. engine/ is imported as onepass, kernels/ as onepass.kernels, benches/ as onepass.benches."""
+"""Builds onepass._C with CMake. engine/ is imported as onepass, kernels/ as onepass.kernels."""
 import os
 import pathlib
 import shutil

@@ -28,7 +28,10 @@ def is_like(name: str, x: Any, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name} is on {x.device}, expected the device of {other_name}, {other.device}")
 
 
-def is_out(x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, name: str = "out") -> None:
+def is_out(
+    x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, name: str = "out"
+) -> None:
+    """x may take a result of that shape, dtype and device, or is None."""
     if x is None:
         return
     if not isinstance(x, Tensor):

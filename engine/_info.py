@@ -110,9 +110,9 @@ def markdown() -> str:
     lines = [
         "# Ops and backends",
         "",
-        "Made by `make docs` from the table in `engine/registry.py`. A call goes to the first backend of its device that",
-        "takes it, else to the reference with one `onepass.FallbackWarning`; `backend=` asks for one and raises with the",
-        "reason where it cannot be.",
+        "Made by `make docs` from the table in `engine/registry.py`. A call goes to the first backend of its device",
+        "that takes it, else to the reference with one `onepass.FallbackWarning`; `backend=` asks for one and raises",
+        "with the reason where it cannot be.",
         "",
         "| op | serves | cuda | triton | cpu | reference |",
         "|---|---|---|---|---|---|",

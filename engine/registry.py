@@ -95,9 +95,8 @@ def _known(backend: str | None, what: str = "backend") -> str | None:
     return backend
 
 
-_chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar(
-    "onepass_backend", default=_known(os.environ.get("ONEPASS_BACKEND") or None, "ONEPASS_BACKEND")
-)
+_from_environment = _known(os.environ.get("ONEPASS_BACKEND") or None, "ONEPASS_BACKEND")
+_chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("onepass_backend", default=_from_environment)
 _warned: set[tuple[str, str]] = set()
 
 

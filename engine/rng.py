@@ -13,8 +13,8 @@ All functions take
     device    default: that of `seed` where it is a tensor, else torch's default device
     out       a tensor to write, of that shape and dtype
     backend   "cpu", "reference", ...; None chooses
-With a [shape[0]] tensor each row of dim 0 has its own key and counts its own elements; otherwise the whole tensor is one
-row. They raise ValueError or TypeError that names the argument.
+With a [shape[0]] tensor each row of dim 0 has its own key and counts its own elements; otherwise the whole tensor is
+one row. They raise ValueError or TypeError that names the argument.
 """
 from __future__ import annotations
 

@@ -4,10 +4,11 @@ import warnings
 
 import pytest
 import torch
-from helpers import ISAS, run_python
 
 import onepass
 from onepass import registry
+
+from helpers import ISAS, run_python
 
 needs_native = pytest.mark.skipif(not ISAS, reason="no native extension")
 ZERO = torch.zeros(2, 3)

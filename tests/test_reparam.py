@@ -2,16 +2,17 @@
 import itertools
 import math
 
-import cases
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import ISAS, assert_as_good_as_torch, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import onepass
 from onepass.reference import reparam as reference
+
+import cases
+from helpers import ISAS, assert_as_good_as_torch, run_python
 
 BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not ISAS, reason="no native extension"))]
 needs_native = pytest.mark.skipif(not ISAS, reason="no native extension")
@@ -175,8 +176,8 @@ def test_out_and_reductions(backend):
     assert z.data_ptr() == out[:, 5:38].data_ptr() and out[:, :5].isnan().all() and out[:, 38:].isnan().all()
     torch.testing.assert_close(z, plain(mean, logvar, noise))
     for reduction, expected in (("sum", kl.sum()), ("mean", kl.mean())):
-        assert torch.equal(onepass.reparameterize_kl(mean, logvar, noise=noise, reduction=reduction, backend=backend)[1],
-                           expected)
+        got = onepass.reparameterize_kl(mean, logvar, noise=noise, reduction=reduction, backend=backend)[1]
+        assert torch.equal(got, expected)
 
 
 @needs_native
@@ -191,12 +192,13 @@ def test_forward_saves_nothing_but_its_inputs():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_library_op(backend):
     mean, logvar, noise = (x.requires_grad_() for x in inputs((3, 7)))
-    for given, kl in itertools.product((noise, None), (True, False)):
+    for fixed, kl in itertools.product((noise, None), (True, False)):
         key = (0, torch.arange(3), 2, None, 0, None)
-        args = (mean, logvar, given, *key, kl)
+        args = (mean, logvar, fixed, *key, kl)
         torch.library.opcheck(torch.ops.onepass.reparameterize.default, args, {"backend": backend})
         grads = (torch.randn(3, 7), torch.randn(3) if kl else None)
-        args = (*grads, mean.detach(), logvar.detach(), None if given is None else given.detach(), *key, given is not None)
+        noise_in = None if fixed is None else fixed.detach()
+        args = (*grads, mean.detach(), logvar.detach(), noise_in, *key, fixed is not None)
         torch.library.opcheck(torch.ops.onepass.reparameterize_backward.default, args, {"backend": backend})
 
 

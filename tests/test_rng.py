@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import ISAS, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import onepass
 from onepass import rng
 from onepass.reference import rng as reference
+
+from helpers import ISAS, run_python
 
 FUNCTIONS = {name: getattr(rng, name) for name in reference.DISTRIBUTIONS}
 needs_native = pytest.mark.skipif(not ISAS, reason="no native extension")
@@ -83,8 +84,11 @@ def test_draws_follow_their_formulas(name):
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 def test_cpu_is_bit_equal_to_the_reference(name, shape, seed, stream, offset, dtype):
-    draw = lambda backend: FUNCTIONS[name](shape, seed=seed, stream=stream, offset=offset, dtype=dtype, backend=backend)
-    assert torch.equal(draw("cpu"), draw("reference"))
+    drawn = [
+        FUNCTIONS[name](shape, seed=seed, stream=stream, offset=offset, dtype=dtype, backend=backend)
+        for backend in ("cpu", "reference")
+    ]
+    assert torch.equal(*drawn)
 
 
 DIGEST = """
@@ -95,7 +99,8 @@ assert _native._C.isa == {isa!r}
 h = hashlib.sha256()
 for name in DISTRIBUTIONS:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        x = getattr(rng, name)((3, 40001), seed=torch.tensor([1, 2**40, -5]), stream=9, dtype=dtype, backend={backend!r})
+        seeds = torch.tensor([1, 2**40, -5])
+        x = getattr(rng, name)((3, 40001), seed=seeds, stream=9, dtype=dtype, backend={backend!r})
         h.update(x.contiguous().view(torch.uint8).numpy().tobytes())
 print(h.hexdigest())
 """
@@ -134,7 +139,8 @@ def test_rows_offsets_and_prefixes(backend):
     longer = rng.normal((1000,), seed=8, backend=backend)
     assert torch.equal(rng.normal((999,), seed=8, backend=backend), longer[:999])
     assert torch.equal(rng.normal((600,), seed=8, offset=100, backend=backend), longer[400:])
-    assert torch.equal(rng.normal((600,), seed=torch.tensor(8), offset=torch.tensor(100), backend=backend), longer[400:])
+    key = {"seed": torch.tensor(8), "offset": torch.tensor(100)}
+    assert torch.equal(rng.normal((600,), **key, backend=backend), longer[400:])
     assert not torch.equal(rng.normal((1000,), seed=8, stream=1, backend=backend), longer)
 
 

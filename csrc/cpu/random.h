@@ -6,9 +6,11 @@
 
 namespace onepass::ONEPASS_ISA {
 
-inline constexpr int DRAW = 4 * W;      // elements a call gives
+inline constexpr int DRAW = 4 * W;  // elements a call gives
 
-struct Words { U32 w[4]; };
+struct Words {
+  U32 w[4];
+};
 
 // High and low words of the 32 x 32 product.
 OP_INLINE void multiply(U32 x, uint32_t m, U32& high, U32& low) {
@@ -91,14 +93,14 @@ OP_INLINE F32 ln(F32 x) {
   return ln_reduced(mantissa - 1.0f, to_f32(k));
 }
 
-OP_INLINE F32 log1p_neg(F32 u) {    // ln(1 - u)
+OP_INLINE F32 log1p_neg(F32 u) {  // ln(1 - u)
   const F32 rest = 1.0f - u, lost = (1.0f - rest) - u;
   I32 k;
   const F32 mantissa = split(rest, k);
   return ln_reduced((mantissa - 1.0f) + lost * as_f32((127 - k) << 23), to_f32(k));
 }
 
-OP_INLINE void sincos_turn(F32 u, F32& sin, F32& cos) {     // of 2 pi u, u in [0, 1)
+OP_INLINE void sincos_turn(F32 u, F32& sin, F32& cos) {  // of 2 pi u, u in [0, 1)
   const F32 quarters = 4.0f * u;
   const I32 quadrant = truncate(quarters + 0.5f);
   const F32 r = quarters - to_f32(quadrant), square = r * r;

@@ -12,8 +12,7 @@ template <class Body>
 static void parallel_for(int64_t n, int64_t grain, int num_threads, Body&& body) {
   using Callable = std::remove_reference_t<Body>;
   run_ranges(
-      n, grain, num_threads,
-      [](void* f, int64_t begin, int64_t end) { (*static_cast<Callable*>(f))(begin, end); },
+      n, grain, num_threads, [](void* f, int64_t begin, int64_t end) { (*static_cast<Callable*>(f))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 

@@ -65,7 +65,7 @@ void forward_as(const Reparam& p, T* z, double* partial) {
       const F32 eps = given ? load_n(given + i, n) : load(drawn + i);
       const F32 std = exp(0.5f * lv);
       store_n(out + i, fma(std, eps, m), n);
-      return fma(std, std, fma(m, m, -1.0f - lv));      // twice the KL; lanes beyond n hold exp(0) - 1 = 0
+      return fma(std, std, fma(m, m, -1.0f - lv));  // twice the KL; lanes beyond n hold exp(0) - 1 = 0
     };
     int64_t i = 0;
     for (; i + W <= count; i += W) total += step(i, W);

@@ -8,7 +8,7 @@
 namespace onepass::ONEPASS_ISA {
 namespace {
 
-constexpr int64_t TILE = 64 * DRAW;      // elements of a row that one task draws
+constexpr int64_t TILE = 64 * DRAW;  // elements of a row that one task draws
 
 template <Distribution D, class T>
 void fill_tile(const Key& key, int64_t begin, int64_t end, T* row) {

@@ -29,7 +29,7 @@ typedef uint16_t U16 __attribute__((vector_size(W * 2)));
 
 #define OP_INLINE static inline __attribute__((always_inline))
 
-OP_INLINE F32 splat(float x) { return x - F32{}; }      // x - 0 keeps the sign of zero
+OP_INLINE F32 splat(float x) { return x - F32{}; }  // x - 0 keeps the sign of zero
 OP_INLINE U32 splat_u32(uint32_t x) { return x | U32{}; }
 OP_INLINE I32 splat_i32(int32_t x) { return x | I32{}; }
 OP_INLINE I32 as_i32(F32 x) { return (I32)x; }
@@ -77,7 +77,7 @@ OP_INLINE F32 min(F32 x, F32 y) {
 #endif
 }
 
-OP_INLINE F32 sqrt(F32 x) {     // correctly rounded
+OP_INLINE F32 sqrt(F32 x) {  // correctly rounded
 #if defined(__AVX512F__)
   return _mm512_sqrt_ps(x);
 #elif defined(__AVX2__)
@@ -95,7 +95,7 @@ OP_INLINE F32 sqrt(F32 x) {     // correctly rounded
 // Nearest integer, ties to even, as a float. Right for |x| < 2^22.
 OP_INLINE F32 round_even(F32 x) { return (x + 12582912.0f) - 12582912.0f; }
 
-OP_INLINE float sum(F32 x) {    // a fixed tree: halves, quarters, ...
+OP_INLINE float sum(F32 x) {  // a fixed tree: halves, quarters, ...
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(x);
 #else
@@ -144,7 +144,7 @@ OP_INLINE F32 widen(U16 half, F16) {
 #endif
 }
 
-OP_INLINE U16 narrow(F32 x, BF16) {     // ties to even; NaN stays NaN; denormals are kept, unlike vcvtneps2bf16
+OP_INLINE U16 narrow(F32 x, BF16) {  // ties to even; NaN stays NaN; denormals are kept, unlike vcvtneps2bf16
   const U32 bits = (U32)x;
   const U32 rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const U32 quiet = (bits >> 16) | 0x40u;
@@ -230,7 +230,7 @@ OP_INLINE F32 expm1(F32 x) {
   q = fma(q, r, splat(4.1668292e-2f));
   q = fma(q, r, splat(0.16666523f));
   q = fma(q, r, splat(0.49999994f));
-  const F32 tail = fma(q, r * r, r);                       // e^r - 1
+  const F32 tail = fma(q, r * r, r);  // e^r - 1
   const I32 whole = truncate(x == x ? k : splat(0.0f)), half = whole >> 1;
   const F32 low = as_f32((half + 127) << 23), high = as_f32((whole - half + 127) << 23);
   return fma(tail * low, high, fma(low, high, splat(-1.0f)));

@@ -12,19 +12,16 @@ from . import _C, DTYPES, by_rows, key_part, pointer
 def _call(mean: Tensor, logvar: Tensor, noise: Tensor | None, keys: tuple[Any, ...]) -> tuple[Any, list[Tensor | None]]:
     """The kernel's description of a call, and the tensors that it points into."""
     rows = mean.shape[0] if mean.dim() else 1
-    held: list[Tensor | None] = []
-    described = []
-    for x in (mean, logvar, noise):
-        x, step = (None, 0) if x is None else by_rows(x)
-        held.append(x)
-        described.append((pointer(x), step))
+    (mean, mean_step), (logvar, logvar_step) = by_rows(mean), by_rows(logvar)
+    given, given_step = (None, 0) if noise is None else by_rows(noise)
     seed, seeds, stream, streams, offset, offsets = keys
     per_row = any(k is not None and k.dim() for k in (seeds, streams, offsets))
     call = _C.Reparam(
-        rows, mean.numel() // rows if rows else 0, DTYPES[mean.dtype], *described,
+        rows, mean.numel() // rows if rows else 0, DTYPES[mean.dtype],
+        (pointer(mean), mean_step), (pointer(logvar), logvar_step), (pointer(given), given_step),
         key_part(seed, seeds), key_part(stream, streams), key_part(offset, offsets), per_row, torch.get_num_threads(),
     )
-    return call, held
+    return call, [mean, logvar, given]
 
 
 def forward(

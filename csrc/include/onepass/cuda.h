@@ -5,7 +5,8 @@
 
 namespace onepass {
 
-// One line a device, "name, sm_XY, N SMs"; empty without a device or driver. Throws std::runtime_error on any other error.
+// One line a device, "name, sm_XY, N SMs"; empty without a device or driver. Throws std::runtime_error on any other
+// error.
 std::vector<std::string> cuda_devices();
 
 }  // namespace onepass

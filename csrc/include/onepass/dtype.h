@@ -4,8 +4,12 @@
 
 namespace onepass {
 
-struct BF16 { uint16_t bits; };
-struct F16 { uint16_t bits; };
+struct BF16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 

@@ -5,14 +5,17 @@
 namespace onepass {
 
 // [rows, length] with unit stride inside a row and `step` elements from one row to the next; null: not there.
-struct RowsIn { const void* data; int64_t step; };
+struct RowsIn {
+  const void* data;
+  int64_t step;
+};
 
 struct Reparam {
   int64_t rows, length;
   DType dtype;
-  RowsIn mean, logvar, noise;       // noise null: normals from `keys`
+  RowsIn mean, logvar, noise;  // noise null: normals from `keys`
   Keys keys;
-  bool keys_per_row;                // false: the whole tensor is one row of random numbers
+  bool keys_per_row;  // false: the whole tensor is one row of random numbers
   int num_threads;
 };
 

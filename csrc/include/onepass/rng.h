@@ -17,7 +17,7 @@ struct Key {
 // A key for each row: a value, or values[row * step] (step 0 for one value shared by all rows).
 struct KeyPart {
   int64_t value;
-  const int64_t* values;    // null: `value` counts
+  const int64_t* values;  // null: `value` counts
   int64_t step;
   uint64_t at(int64_t row) const { return static_cast<uint64_t>(values ? values[row * step] : value); }
 };
