@@ -3,6 +3,7 @@ from importlib.metadata import PackageNotFoundError as _NotFound
 from importlib.metadata import version as _version
 
 from . import rng
+from .attention import attention, attention_with_kvcache, merge_attention
 from .registry import FallbackWarning, use_backend
 from .reparam import reparameterize, reparameterize_kl
 
@@ -14,6 +15,9 @@ except _NotFound:       # a source tree on the path, not installed
 __all__ = [
     "FallbackWarning",
     "__version__",
+    "attention",
+    "attention_with_kvcache",
+    "merge_attention",
     "reparameterize",
     "reparameterize_kl",
     "rng",

@@ -46,6 +46,8 @@ class Op:
 
 
 _KEYS = "SymInt seed, Tensor? seeds, SymInt stream, Tensor? streams, SymInt offset, Tensor? offsets"
+_SCORES = "bool causal, SymInt window_left, SymInt window_right, float softcap, float scale"
+_CLOSED_FORM = "the closed form of the reference, in PyTorch"
 _HALF_AND_SINGLE = "float32, bfloat16, float16"
 
 
@@ -82,6 +84,60 @@ _TABLE = [
                 "onepass._native.reparam:backward", supports.reparam_backward_cpu, f"{_HALF_AND_SINGLE}; any strides"
             ),
             "reference": _reference("reparam:reparameterize_backward"),
+        },
+    ),
+    Op(
+        "attention_forward",
+        f"(Tensor q, Tensor k, Tensor v, {_SCORES}, Tensor? alibi_slopes, Tensor? sinks, Tensor? mask, "
+        "*, str? backend=None) -> (Tensor out, Tensor lse)",
+        "attention",
+        {"reference": _reference("attention:attention_forward")},
+    ),
+    Op(
+        "attention_backward",
+        f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SCORES}, "
+        "Tensor? alibi_slopes, Tensor? sinks, Tensor? mask, *, str? backend=None) "
+        "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
+        "the gradient of attention",
+        {
+            "cpu": Impl("onepass.reference.attention:attention_backward", supports.floats_cpu, _CLOSED_FORM),
+            "reference": _reference("attention:attention_backward"),
+        },
+    ),
+    Op(
+        "kvcache_append",
+        "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens, Tensor? block_table, "
+        "Tensor? cache_batch_idx, Tensor? cu_seqlens, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "
+        "*, str? backend=None) -> ()",
+        "attention_with_kvcache, the append",
+        {"reference": _reference("kvcache:kvcache_append")},
+    ),
+    Op(
+        "kvcache_attention",
+        "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, SymInt appended, Tensor? block_table, "
+        "Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? cu_seqlens_q, SymInt max_seqlen_q, Tensor? rotary_cos, "
+        f"Tensor? rotary_sin, bool rotary_interleaved, {_SCORES}, Tensor? alibi_slopes, Tensor? sinks, "
+        "Tensor? tree_mask, *, str? backend=None) -> (Tensor out, Tensor lse)",
+        "attention_with_kvcache",
+        {"reference": _reference("kvcache:kvcache_attention")},
+    ),
+    Op(
+        "merge_attention",
+        "(Tensor outs, Tensor lses, Tensor? sinks, *, str? backend=None) -> (Tensor out, Tensor lse)",
+        "merge_attention",
+        {
+            "cpu": Impl("onepass.reference.attention:merge_attention", supports.floats_cpu, _CLOSED_FORM),
+            "reference": _reference("attention:merge_attention"),
+        },
+    ),
+    Op(
+        "merge_attention_backward",
+        "(Tensor grad_out, Tensor? grad_lse, Tensor outs, Tensor lses, Tensor out, Tensor lse, Tensor? sinks, "
+        "*, str? backend=None) -> (Tensor douts, Tensor dlses, Tensor dsinks)",
+        "the gradient of merge_attention",
+        {
+            "cpu": Impl("onepass.reference.attention:merge_attention_backward", supports.floats_cpu, _CLOSED_FORM),
+            "reference": _reference("attention:merge_attention_backward"),
         },
     ),
 ]
