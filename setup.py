@@ -18,6 +18,7 @@ PACKAGES = {
     "onepass.demo": "engine/demo",
     "onepass.reference": "engine/reference",
     "onepass.kernels": "kernels",
+    "onepass.plans": "engine/plans",
 }
 
 

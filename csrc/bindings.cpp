@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "onepass/denoise.h"
 #include "onepass/reparam.h"
 #include "onepass/rng.h"
 #ifdef ONEPASS_WITH_CUDA
@@ -20,7 +21,7 @@ using namespace onepass;
 
 namespace {
 
-using Pointer = uintptr_t;      // tensor.data_ptr(); 0 where there is no tensor
+using Pointer = uintptr_t;  // tensor.data_ptr(); 0 where there is no tensor
 
 template <class T>
 T* at(Pointer p) {
@@ -80,11 +81,12 @@ struct Kernels {
   Isa isa;
   RngKernels rng;
   ReparamKernels reparam;
+  DenoiseKernels denoise;
 };
 
 Kernels load(Isa isa) {
 #define ONEPASS_LOAD(name) \
-  if (isa == Isa::name) return {isa, name::rng, name::reparam};
+  if (isa == Isa::name) return {isa, name::rng, name::reparam, name::denoise};
   ONEPASS_FOR_EACH_ISA(ONEPASS_LOAD)
 #undef ONEPASS_LOAD
   throw std::logic_error("no such instruction set");
@@ -122,8 +124,15 @@ void bind_reparam(py::module_& m) {
       .def(py::init([](int64_t rows, int64_t length, int dtype, RowsArgument mean, RowsArgument logvar,
                        RowsArgument noise, const KeyArgument& seed, const KeyArgument& stream,
                        const KeyArgument& offset, bool keys_per_row, int num_threads) {
-        return Reparam{rows, length, static_cast<DType>(dtype), rows_in(mean), rows_in(logvar), rows_in(noise),
-                       keys(seed, stream, offset), keys_per_row, num_threads};
+        return Reparam{rows,
+                       length,
+                       static_cast<DType>(dtype),
+                       rows_in(mean),
+                       rows_in(logvar),
+                       rows_in(noise),
+                       keys(seed, stream, offset),
+                       keys_per_row,
+                       num_threads};
       }));
   m.def("reparam_forward", [](const Reparam& p, Pointer z, Pointer kl, Pointer partial) {
     py::gil_scoped_release nogil;
@@ -135,6 +144,40 @@ void bind_reparam(py::module_& m) {
     kernels.reparam.backward(p, rows_in(grad_z), at<const float>(grad_kl), at<void>(grad_mean), at<void>(grad_logvar),
                              at<void>(grad_noise));
   });
+}
+
+// Returns the first row of the batch whose step is not a row of the table, or -1.
+void bind_denoise(py::module_& m) {
+  m.attr("DENOISE_COLUMNS") = static_cast<int>(COL_HISTORY);
+  m.attr("MAX_HISTORY") = MAX_HISTORY;
+  m.def(
+      "denoise_step", [](int64_t batch, int64_t length, int dtype, int model_dtype, RowsArgument sample,
+                         RowsArgument model, RowsArgument cond, RowsArgument noise, RowsArgument known,
+                         std::tuple<Pointer, bool, int64_t, int64_t> mask, std::tuple<Pointer, int64_t, int64_t> table,
+                         const KeyArgument& step, std::tuple<double, Pointer, int64_t> guidance,
+                         const KeyArgument& seed, bool keys_per_row, Pointer state, RowsArgument out, int num_threads) {
+        const Denoise p{
+            batch,
+            length,
+            static_cast<DType>(dtype),
+            static_cast<DType>(model_dtype),
+            rows_in(sample),
+            rows_in(model),
+            rows_in(cond),
+            rows_in(noise),
+            rows_in(known),
+            {at<const void>(std::get<0>(mask)), std::get<1>(mask), std::get<2>(mask), std::get<3>(mask)},
+            {at<const double>(std::get<0>(table)), std::get<1>(table), std::get<2>(table)},
+            key_part(step),
+            {static_cast<float>(std::get<0>(guidance)), at<const float>(std::get<1>(guidance)), std::get<2>(guidance)},
+            key_part(seed),
+            keys_per_row,
+            at<void>(state),
+            {at<void>(out.first), out.second},
+            num_threads};
+        py::gil_scoped_release nogil;
+        return kernels.denoise.step(p);
+      });
 }
 
 }  // namespace
@@ -152,4 +195,5 @@ PYBIND11_MODULE(_C, m) {
 #endif
   bind_rng(m);
   bind_reparam(m);
+  bind_denoise(m);
 }

@@ -2,8 +2,10 @@
 from importlib.metadata import PackageNotFoundError as _NotFound
 from importlib.metadata import version as _version
 
-from . import rng
+from . import plans, rng
 from .attention import attention, attention_with_kvcache, merge_attention
+from .denoise import denoise_step
+from .plans import DenoisePlan
 from .registry import FallbackWarning, use_backend
 from .reparam import reparameterize, reparameterize_kl
 
@@ -13,11 +15,14 @@ except _NotFound:       # a source tree on the path, not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "DenoisePlan",
     "FallbackWarning",
     "__version__",
     "attention",
     "attention_with_kvcache",
     "merge_attention",
+    "denoise_step",
+    "plans",
     "reparameterize",
     "reparameterize_kl",
     "rng",

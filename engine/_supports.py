@@ -40,3 +40,16 @@ def rng_cpu(shape: Any, distribution: str, seed: int, seeds: Tensor | None, stre
 
 def reparam_backward_cpu(grad_z: Tensor | None, grad_kl: Tensor | None, mean: Tensor, *args: Any) -> str | None:
     return floats_cpu(mean, *args) or native_cpu(grad_z, grad_kl)
+
+
+def denoise_cpu(sample: Tensor, model_output: Tensor, *args: Any) -> str | None:
+    tensors = [x for x in (sample, model_output, *args) if isinstance(x, Tensor)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "a gradient is needed, and only the reference has one"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active, and only the reference can be transformed"
+    if why := native_cpu(*tensors) or cpu_dtype(sample.dtype) or cpu_dtype(model_output.dtype):
+        return why
+    if sample.dtype not in (torch.float32, model_output.dtype):
+        return f"model_output is {model_output.dtype} with a {sample.dtype} sample"
+    return None

@@ -140,6 +140,20 @@ _TABLE = [
             "reference": _reference("attention:merge_attention_backward"),
         },
     ),
+    Op(
+        "denoise_step",
+        "(Tensor sample, Tensor model_output, Tensor? cond, Tensor table, SymInt step, Tensor? steps, "
+        "Tensor(a!)? state, float guidance, Tensor? guidances, SymInt seed, Tensor? seeds, Tensor? noise, "
+        "bool stochastic, Tensor? mask, Tensor? known, *, str? backend=None) -> Tensor",
+        "denoise_step",
+        {
+            "cpu": Impl(
+                "onepass._native.denoise:denoise_step", supports.denoise_cpu,
+                f"{_HALF_AND_SINGLE}; model_output as sample, or any of them with a float32 sample; any strides",
+            ),
+            "reference": _reference("denoise:denoise_step"),
+        },
+    ),
 ]
 
 OPS = {op.name: op for op in _TABLE}

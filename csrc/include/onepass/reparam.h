@@ -1,14 +1,9 @@
 // z = mean + exp(logvar / 2) noise, with KL(N(mean, exp(logvar)) || N(0, 1)) of each row, and their gradients.
 #pragma once
 #include "onepass/rng.h"
+#include "onepass/rows.h"
 
 namespace onepass {
-
-// [rows, length] with unit stride inside a row and `step` elements from one row to the next; null: not there.
-struct RowsIn {
-  const void* data;
-  int64_t step;
-};
 
 struct Reparam {
   int64_t rows, length;
