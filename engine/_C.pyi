@@ -7,6 +7,8 @@ isa: str
 usable_isas: list[str]
 has_cuda: bool
 KL_TILE: int
+DENOISE_COLUMNS: int
+MAX_HISTORY: int
 
 def cuda_devices() -> list[str]: ...
 
@@ -25,3 +27,9 @@ def reparam_forward(call: Reparam, z: int, kl: int, partial: int, /) -> None: ..
 def reparam_backward(
     call: Reparam, grad_z: _Rows, grad_kl: int, grad_mean: int, grad_logvar: int, grad_noise: int, /
 ) -> None: ...
+
+def denoise_step(
+    batch: int, length: int, dtype: int, model_dtype: int, sample: _Rows, model: _Rows, cond: _Rows, noise: _Rows,
+    known: _Rows, mask: tuple[int, bool, int, int], table: tuple[int, int, int], step: _Key,
+    guidance: tuple[float, int, int], seed: _Key, keys_per_row: bool, state: int, out: _Rows, num_threads: int, /,
+) -> int: ...

@@ -34,7 +34,7 @@ struct Coefficients {
     q = static_cast<float>(c[COL_Q]);
     limit = static_cast<float>(c[COL_LIMIT]);
     slot = static_cast<int>(c[COL_SLOT]);
-    stream = DENOISE_STREAM + static_cast<uint64_t>(c[COL_INDEX]);
+    stream = DENOISE_STREAM + static_cast<uint64_t>(c[COL_NUMBER]);
     terms = 0;
     for (int64_t j = 0; j < table.slots && j < MAX_HISTORY; ++j) {
       if (c[COL_HISTORY + j] == 0) continue;

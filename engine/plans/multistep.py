@@ -88,7 +88,7 @@ def dpmpp_2m(
         row = row._replace(x=row.x + row.u * p, m=row.u * q, u=0.0)
         if i + 1 < steps and second[i + 1]:
             row = row._replace(p=p, q=q, slot=0)
-        rows.append(row._replace(index=i, history=row.history or (0.0,) * any(second)))
+        rows.append(row._replace(number=i, history=row.history or (0.0,) * any(second)))
     return DenoisePlan.build("dpmpp_2m", rows, torch.tensor([int(t) for t in times[begin:]]), levels[begin:])
 
 

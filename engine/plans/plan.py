@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # Columns of the table; those of the history follow. csrc/include/onepass/denoise.h has the same list.
-X, M, U, Z, P, Q, LIMIT, SLOT, INDEX, HISTORY = range(10)
+X, M, U, Z, P, Q, LIMIT, SLOT, NUMBER, HISTORY = range(10)
 MAX_SLOTS = 8
 
 
@@ -30,7 +30,7 @@ class Row(NamedTuple):
     q: float = 0.0                        # of the model's output within u
     limit: float = math.inf               # of |u|
     slot: int = -1                        # of the history, where u is kept for later rows
-    index: int = 0                        # of the step within its own schedule: keys the noise
+    number: int = 0                       # of the step within its own schedule: keys the noise
     history: tuple[float, ...] = ()       # of each slot, as it was before this step
 
 
@@ -78,8 +78,7 @@ class DenoisePlan:
         if slots > MAX_SLOTS:
             raise ValueError(f"rows have {slots} slots of history, expected at most {MAX_SLOTS}")
         for i, row in enumerate(rows):
-            values = (*row[:LIMIT], *row.history)
-            if not all(map(math.isfinite, values)):
+            if not all(map(math.isfinite, (row.x, row.m, row.u, row.z, row.p, row.q, *row.history))):
                 raise ValueError(f"{name}: step {i} (timestep {timesteps[i].item():g}) has a coefficient that is not "
                                  f"finite, {row}: at zero signal epsilon says nothing of the clean sample, "
                                  "take prediction_type 'v' or 'sample'")

@@ -3,12 +3,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
+Array = npt.NDArray[np.floating[Any]]
 T = TypeVar("T")
 
 _PREDICTIONS = {"epsilon": "epsilon", "v": "v", "v_prediction": "v", "sample": "sample", "flow": "flow",

@@ -64,7 +64,7 @@ def euler(
         gamma = min(s_churn / steps, math.sqrt(2) - 1) if s_tmin <= sigma <= s_tmax else 0.0
         lifted = sigma * (1 + gamma)
         row = _euler_row(kind, sigma, lifted, path[i + 1] / lifted)
-        rows.append(row._replace(z=row.x * s_noise * math.sqrt(lifted**2 - sigma**2), index=i))
+        rows.append(row._replace(z=row.x * s_noise * math.sqrt(lifted**2 - sigma**2), number=i))
     return _in_sigma_space("euler", rows, times, path, timestep_spacing, begin)
 
 
@@ -97,7 +97,7 @@ def euler_ancestral(
         sigma, target = path[i], path[i + 1]
         up = target * math.sqrt(sigma**2 - target**2) / sigma
         down = target**2 / sigma                     # sqrt(target^2 - up^2)
-        rows.append(_euler_row(kind, sigma, sigma, down / sigma)._replace(z=up, index=i))
+        rows.append(_euler_row(kind, sigma, sigma, down / sigma)._replace(z=up, number=i))
     return _in_sigma_space("euler_ancestral", rows, times, path, timestep_spacing, begin)
 
 
@@ -157,9 +157,9 @@ def flow_match_euler(
     for i in range(begin, len(out)):
         sigma, target = path[i], path[i + 1]
         if stochastic_sampling:
-            rows.append(Row(x=1 - target, m=-(1 - target) * sigma, z=target, index=i))
+            rows.append(Row(x=1 - target, m=-(1 - target) * sigma, z=target, number=i))
         else:
-            rows.append(Row(x=1.0, m=target - sigma, index=i))
+            rows.append(Row(x=1.0, m=target - sigma, number=i))
     times = torch.tensor([sigma * num_train_timesteps for sigma in path[begin:-1]], dtype=torch.float32)
     levels = [Level(s, 1 - s) if invert_sigmas else Level(1 - s, s) for s in path[begin:]]
     return DenoisePlan.build("flow_match_euler", rows, times, levels)

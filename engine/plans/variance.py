@@ -49,7 +49,7 @@ def ddim(
         std = eta * math.sqrt(max((1 - a_next) / (1 - a) * (1 - a / a_next), 0.0))
         noise = math.sqrt(max(1 - a_next - std**2, 0.0))
         p, q, p_eps, q_eps = _clean_and_noise(kind, a)
-        row = Row(u=math.sqrt(a_next), x=noise * p_eps, m=noise * q_eps, p=p, q=q, z=std, limit=limit, index=i)
+        row = Row(u=math.sqrt(a_next), x=noise * p_eps, m=noise * q_eps, p=p, q=q, z=std, limit=limit, number=i)
         if use_clipped_model_output:                 # the noise is what the clamped clean sample leaves
             row = row._replace(u=row.u - noise * math.sqrt(a / (1 - a)), x=noise / math.sqrt(1 - a), m=0.0)
         rows.append(_fold(row))
@@ -96,7 +96,7 @@ def ddpm(
             u=math.sqrt(a_next) * beta / (1 - a),
             x=math.sqrt(a / a_next) * (1 - a_next) / (1 - a),
             z=math.sqrt(variance) if times[i] > 0 else 0.0,
-            p=p, q=q, limit=limit, index=i)))
+            p=p, q=q, limit=limit, number=i)))
     return DenoisePlan.build("ddpm", rows, torch.tensor(times[begin:]), [*map(_level, path[begin:])])
 
 
@@ -135,7 +135,7 @@ def lcm(
         skip, keep = 0.25 / (scaled**2 + 0.25), scaled / math.sqrt(scaled**2 + 0.25)
         p, q, _, _ = _clean_and_noise(kind, path[i])
         signal, noise = _level(a_next)
-        rows.append(_fold(Row(u=signal * keep, x=signal * skip, z=noise, p=p, q=q, limit=limit, index=i)))
+        rows.append(_fold(Row(u=signal * keep, x=signal * skip, z=noise, p=p, q=q, limit=limit, number=i)))
     return DenoisePlan.build("lcm", rows, torch.tensor(times[begin:]), [*map(_level, path[begin:])])
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import rng
 
 # Columns of the table; those of the history follow. As in plans/plan.py.
-X, M, U, Z, P, Q, LIMIT, SLOT, INDEX, HISTORY = range(10)
+X, M, U, Z, P, Q, LIMIT, SLOT, NUMBER, HISTORY = range(10)
 STREAM_TAG = 2      # bits 56 to 63 of the stream; the bits below are the step within its own schedule
 
 
@@ -86,7 +86,7 @@ def _noise(sample: Tensor, rows: Tensor, seed: int, seeds: Tensor | None) -> Ten
     batch = sample.shape[0]
     length = sample[0].numel() if batch else 0
     key = rng.as_key(seed, seeds, sample.device)
-    stream = rows[..., INDEX].to(torch.int64) + (STREAM_TAG << 56)
+    stream = rows[..., NUMBER].to(torch.int64) + (STREAM_TAG << 56)
     first = torch.zeros_like(key) if key.dim() else torch.arange(batch, device=sample.device) * length
     count = length if key.dim() else length + 3                     # a row may begin inside a block of four
     drawn = rng.draw(rng.words(batch, count, key, stream, first // 4), "normal")

@@ -10,7 +10,7 @@ inline constexpr int64_t MAX_HISTORY = 8;
 inline constexpr uint64_t DENOISE_STREAM = uint64_t{2} << 56;
 
 // Columns of the table; the coefficients of the history follow.
-enum Column : int { COL_X, COL_M, COL_U, COL_Z, COL_P, COL_Q, COL_LIMIT, COL_SLOT, COL_INDEX, COL_HISTORY };
+enum Column : int { COL_X, COL_M, COL_U, COL_Z, COL_P, COL_Q, COL_LIMIT, COL_SLOT, COL_NUMBER, COL_HISTORY };
 
 struct Table {
   const double* data;  // [rows, COL_HISTORY + slots]
