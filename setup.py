@@ -15,6 +15,7 @@ PACKAGES = {
     "onepass": "engine",
     "onepass._native": "engine/_native",
     "onepass._ops": "engine/_ops",
+    "onepass.benches": "benches",
     "onepass.demo": "engine/demo",
     "onepass.reference": "engine/reference",
     "onepass.kernels": "kernels",
@@ -52,7 +53,6 @@ class CMakeBuild(build_ext):
 setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
-    include_package_data=False,
     package_data={"onepass": ["py.typed", "*.pyi"], "onepass.demo": ["weights/*.safetensors"]},
     ext_modules=[Extension("onepass._C", [])],
     cmdclass={"build_ext": CMakeBuild},

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "onepass/bandwidth.h"
 #include "onepass/denoise.h"
 #include "onepass/reparam.h"
 #include "onepass/rng.h"
@@ -82,11 +83,12 @@ struct Kernels {
   RngKernels rng;
   ReparamKernels reparam;
   DenoiseKernels denoise;
+  BandwidthKernels bandwidth;
 };
 
 Kernels load(Isa isa) {
 #define ONEPASS_LOAD(name) \
-  if (isa == Isa::name) return {isa, name::rng, name::reparam, name::denoise};
+  if (isa == Isa::name) return {isa, name::rng, name::reparam, name::denoise, name::bandwidth};
   ONEPASS_FOR_EACH_ISA(ONEPASS_LOAD)
 #undef ONEPASS_LOAD
   throw std::logic_error("no such instruction set");
@@ -180,12 +182,30 @@ void bind_denoise(py::module_& m) {
       });
 }
 
+void bind_bandwidth(py::module_& m) {
+  m.def("read_bytes", [](Pointer source, int64_t bytes, int num_threads) {
+    py::gil_scoped_release nogil;
+    return kernels.bandwidth.read(at<const void>(source), bytes, num_threads);
+  });
+  m.def("copy_bytes", [](Pointer source, Pointer target, int64_t bytes, int num_threads) {
+    py::gil_scoped_release nogil;
+    kernels.bandwidth.copy(at<const void>(source), at<void>(target), bytes, num_threads);
+  });
+}
+
+#if defined(__clang__)
+#define ONEPASS_COMPILER "clang " __clang_version__
+#else
+#define ONEPASS_COMPILER "gcc " __VERSION__
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of onepass: pointers in, nothing allocated.";
   kernels = load(choose_isa());
   m.attr("isa") = instruction_sets()[static_cast<size_t>(kernels.isa)].first;
+  m.attr("compiler") = ONEPASS_COMPILER;
   m.attr("usable_isas") = usable_instruction_sets();
 #ifdef ONEPASS_WITH_CUDA
   m.attr("has_cuda") = true;
@@ -196,4 +216,5 @@ PYBIND11_MODULE(_C, m) {
   bind_rng(m);
   bind_reparam(m);
   bind_denoise(m);
+  bind_bandwidth(m);
 }

@@ -4,6 +4,7 @@ _Key = tuple[int, int, int]     # number, pointer to int64 values, step from row
 _Rows = tuple[int, int]         # pointer, elements from one row to the next
 
 isa: str
+compiler: str
 usable_isas: list[str]
 has_cuda: bool
 KL_TILE: int
@@ -33,3 +34,6 @@ def denoise_step(
     known: _Rows, mask: tuple[int, bool, int, int], table: tuple[int, int, int], step: _Key,
     guidance: tuple[float, int, int], seed: _Key, keys_per_row: bool, state: int, out: _Rows, num_threads: int, /,
 ) -> int: ...
+
+def read_bytes(source: int, bytes: int, num_threads: int, /) -> int: ...
+def copy_bytes(source: int, target: int, bytes: int, num_threads: int, /) -> None: ...

@@ -1,0 +1,202 @@
+"""What this machine is and what it can do: names, versions, and the measured rates that rows are held against.
+
+Copy and read bandwidth are the better of PyTorch's and our own loop over at least 256 MB (bytes read plus bytes
+written); the matrix rate is torch.mm at 2048^3 on a CPU and 8192^3 on a GPU, in the dtype of the row.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import importlib.metadata
+import os
+import pathlib
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy
+import torch
+
+import onepass
+from onepass import _native
+
+POOL_BYTES = 256 << 20
+PACKAGES = ("torch", "numpy", "triton", "diffusers", "onnxruntime", "flash-attn", "flashinfer-python", "nerfacc")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Ceilings, in bytes and FLOPs per second: the fastest pass of each loop."""
+
+    read: float
+    copy: float
+    matmul: dict[str, float]  # by dtype, "bfloat16" for torch.bfloat16
+    winners: dict[str, str] = field(default_factory=dict)  # whose loop gave read and copy
+
+    def bound(self, reads: int, writes: int, flops: int, dtype: torch.dtype) -> tuple[str, float]:
+        """Which rate binds and the seconds it allows; few writes (under a tenth) mean the read rate."""
+        total = reads + writes
+        memory = total / (self.read if writes < 0.1 * total else self.copy)
+        arithmetic = flops / self.matmul.get(name_of(dtype), self.matmul["float32"])
+        return ("matmul", arithmetic) if arithmetic > memory else ("memory", memory)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest CPU cache, 0 where the system does not say."""
+    sizes = [0]
+    for path in pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1], 0))
+    return max(sizes)
+
+
+def pool_bytes(device: torch.device) -> int:
+    """How many bytes of arguments rotate, so that none is still cached when its turn comes."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else last_level_cache()
+    return max(POOL_BYTES, 2 * cache)
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The part of a result that says where it was measured."""
+    about: dict[str, Any] = {
+        "cpu": cpu_name(),
+        "isa": instruction_set(),
+        "last_level_cache": last_level_cache(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "device": device.type,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        about |= {
+            "gpu": properties.name,
+            "gpu_memory": properties.total_memory,
+            "gpu_l2": properties.L2_cache_size,
+            "multiprocessors": properties.multi_processor_count,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+        }
+    return about | {
+        "versions": versions(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def cpu_name() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    found = {key.strip(): value.strip() for key, value in fields.items()}
+    name = found.get("model name", platform.machine())
+    return f"{name}, family {found['cpu family']} model {found['model']}" if "cpu family" in found else name
+
+
+def instruction_set() -> str:
+    """What our kernels run on here, and what PyTorch's do."""
+    ours = "no native kernels" if _native.error else f"onepass {_native._C.isa}"
+    return f"{ours}, torch {torch.backends.cpu.get_cpu_capability()}"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "onepass": onepass.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if not _native.error:
+        found["compiler"] = _native._C.compiler
+    return found
+
+
+def commit() -> str:
+    """The checkout's commit, marked where files differ from it; outside a checkout the installed version."""
+    here = pathlib.Path(__file__).resolve().parent
+    try:
+        git = ["git", "-C", str(here)]
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)
+        if tracked.returncode == 0:
+            head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
+            dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+            return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return f"v{onepass.__version__}"
+
+
+def measure(device: torch.device, dtypes: Iterable[torch.dtype], *, quick: bool = False) -> Rates:
+    """The ceilings, in a few seconds; `quick` makes fewer passes and smaller CPU matrices."""
+    passes = 3 if quick else 9
+    read, copy = (_fastest_bandwidth(loops, passes) for loops in _loops(device))
+    side = 8192 if device.type == "cuda" else (1024 if quick else 2048)
+    matmul = {}
+    for dtype in sorted({torch.float32, *dtypes}, key=str):
+        if dtype in (torch.float32, torch.bfloat16, torch.float16):
+            a, b = (torch.randn(side, side, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
+            matmul[name_of(dtype)] = 2 * side**3 / _fastest(functools.partial(torch.mm, a, b), device, passes)
+    return Rates(read[1], copy[1], matmul, {"read": read[0], "copy": copy[0]})
+
+
+def as_dict(rates: Rates) -> dict[str, Any]:
+    return asdict(rates)
+
+
+def _fastest(run: Callable[[], Any], device: torch.device, passes: int) -> float:
+    run()
+    times = []
+    for _ in range(passes):
+        if device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end) * 1e-3)
+        else:
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+    return min(times)
+
+
+Loop = tuple[int, Callable[[], Any], torch.device]  # bytes it moves, itself, where it runs
+
+
+def _fastest_bandwidth(loops: dict[str, Loop], passes: int) -> tuple[str, float]:
+    rates = {name: moved / _fastest(run, device, passes) for name, (moved, run, device) in loops.items()}
+    winner = max(rates, key=rates.__getitem__)
+    return winner, rates[winner]
+
+
+def _loops(device: torch.device) -> tuple[dict[str, Loop], dict[str, Loop]]:
+    """The read loops and the copy loops that compete here, each with the bytes it moves."""
+    size = pool_bytes(device)
+    source = torch.ones(size // 4, device=device)
+    target = torch.zeros_like(source)
+    read: dict[str, Loop] = {"torch.sum": (size, source.sum, device)}
+    copy: dict[str, Loop] = {"torch.copy_": (2 * size, lambda: target.copy_(source), device)}
+    if device.type == "cuda":
+        return read, copy
+    threads, a, b = torch.get_num_threads(), source.data_ptr(), target.data_ptr()
+    if not _native.error:
+        read["onepass"] = (size, functools.partial(_native._C.read_bytes, a, size, threads), device)
+        copy["onepass"] = (2 * size, functools.partial(_native._C.copy_bytes, a, b, size, threads), device)
+    else:
+        parts = numpy.array_split(source.numpy(), threads), numpy.array_split(target.numpy(), threads)
+        pool = ThreadPoolExecutor(threads)
+        read["numpy"] = (size, lambda: list(pool.map(numpy.max, parts[0])), device)
+        copy["numpy"] = (2 * size, lambda: list(pool.map(numpy.copyto, parts[1], parts[0])), device)
+    return read, copy

@@ -1,0 +1,179 @@
+"""Times of several implementations in one run.
+
+The implementations take turns, so that a machine that drifts hits all alike, and each call takes the next arguments of
+a ring that is larger than the last-level cache. What a call returns is kept until its place in the ring comes round
+again: without that the allocator would hand the same, still cached, buffer to every call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+Run = Callable[..., Any]
+
+ROUNDS = (7, 300)  # fewest and most samples of a row
+BLOCK_SECONDS = 2e-4  # shorter calls are timed in blocks of at least this length
+MAX_SETS = 4096
+
+
+def tensor_bytes(tree: Any) -> int:
+    """Bytes of the storages behind the tensors of a nest of tuples, lists and dicts, each counted once."""
+    storages = [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def copied(tree: Any) -> Any:
+    """The same nest with every tensor copied; a leaf that asks for gradients stays such a leaf."""
+
+    def copy(leaf: Any) -> Any:
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf
+
+    return tree_map(copy, tree)
+
+
+class Ring:
+    """Copies of one set of arguments, `total` bytes in all, handed out in turn."""
+
+    def __init__(self, arguments: tuple, total: int) -> None:
+        size = max(1, tensor_bytes(arguments))
+        count = min(MAX_SETS, max(2, math.ceil(total / size)))
+        self.sets = [arguments, *(copied(arguments) for _ in range(count - 1))]
+        self.kept: list[Any] = [None] * count
+        self.cache_resident = count * size < total
+        self._next = 0
+
+    def take(self, count: int) -> range:
+        """The places of the next `count` sets, to be read modulo the ring's length."""
+        start, self._next = self._next, (self._next + count) % len(self.sets)
+        return range(start, start + count)
+
+    def arguments(self, places: range) -> list[tuple]:
+        return [self.sets[place % len(self.sets)] for place in places]
+
+    def keep(self, places: range, results: Sequence[Any]) -> None:
+        for place, result in zip(places, results, strict=True):
+            self.kept[place % len(self.sets)] = result
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds per call, one entry a round. On a GPU this is device time and `host` the CPU's seconds per call."""
+
+    samples: list[float]
+    host: float | None = None
+
+    def quantile(self, q: float) -> float:
+        ordered = sorted(self.samples)
+        at = q * (len(ordered) - 1)
+        low = math.floor(at)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
+def interleaved(runs: Mapping[str, Run], ring: Ring, device: torch.device, seconds: float) -> dict[str, Times]:
+    """Times of every implementation, about `seconds` for each."""
+    measure = _on_cuda if device.type == "cuda" else _on_cpu
+    with _quiet_collector():
+        return measure(runs, ring, seconds)
+
+
+@contextlib.contextmanager
+def _quiet_collector() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _rounds(seconds: float, per_round: float, runs: int) -> int:
+    return max(ROUNDS[0], min(ROUNDS[1], round(seconds * runs / max(per_round, 1e-9))))
+
+
+def _in_turn(names: Sequence[str], rounds: int) -> Iterator[str]:
+    """Every name once a round, each round beginning one later: nobody is always the first."""
+    for r in range(rounds):
+        shift = r % len(names)
+        yield from [*names[shift:], *names[:shift]]
+
+
+def _on_cpu(runs: Mapping[str, Run], ring: Ring, seconds: float) -> dict[str, Times]:
+    def once(name: str, count: int) -> float:
+        run, places, results = runs[name], ring.take(count), []
+        sets = ring.arguments(places)
+        start = time.perf_counter_ns()
+        for arguments in sets:
+            results.append(run(*arguments))
+        elapsed = (time.perf_counter_ns() - start) * 1e-9
+        ring.keep(places, results)
+        return elapsed / count
+
+    blocks = {}
+    per_round = 0.0
+    for name in runs:
+        once(name, 1)
+        guess = min(once(name, 1), once(name, 1))
+        blocks[name] = min(len(ring.sets), max(1, math.ceil(BLOCK_SECONDS / max(guess, 1e-8))))
+        per_round += guess * blocks[name]
+    for name in runs:
+        once(name, blocks[name])
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for name in _in_turn(list(runs), _rounds(seconds, per_round, len(runs))):
+        samples[name].append(once(name, blocks[name]))
+    return {name: Times(values) for name, values in samples.items()}
+
+
+def _on_cuda(runs: Mapping[str, Run], ring: Ring, seconds: float) -> dict[str, Times]:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    flush = torch.empty(max(256 << 20, 4 * properties.L2_cache_size), dtype=torch.int8, device="cuda")
+    cycles_per_second = 2e9  # of the spin kernel: at or above today's clocks, so the wait is never short
+
+    def enqueue(name: str, count: int) -> float:
+        places, results = ring.take(count), []
+        start = time.perf_counter_ns()
+        for arguments in ring.arguments(places):
+            results.append(runs[name](*arguments))
+        elapsed = (time.perf_counter_ns() - start) * 1e-9
+        ring.keep(places, results)
+        return elapsed / count
+
+    def once(name: str) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        # While the device spins the host queues the whole call: launch gaps are host time, which has its own column.
+        torch.cuda._sleep(int(min(0.02, 2 * host[name] + 2e-5) * cycles_per_second))
+        begin.record()
+        enqueue(name, 1)
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) * 1e-3
+
+    host: dict[str, float] = {}
+    per_round = 0.0
+    for name in runs:
+        enqueue(name, 2)
+        torch.cuda.synchronize()
+        batches = []
+        for _ in range(5):
+            batches.append(enqueue(name, 8))
+            torch.cuda.synchronize()
+        host[name] = sorted(batches)[2]
+        start = time.perf_counter()
+        once(name)
+        per_round += time.perf_counter() - start
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for name in _in_turn(list(runs), _rounds(seconds, per_round, len(runs))):
+        samples[name].append(once(name))
+    return {name: Times(values, host[name]) for name, values in samples.items()}

@@ -1,0 +1,205 @@
+"""The benchmark harness: what it refuses to time, what it counts, what it writes. Times are not asserted."""
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from onepass import _native
+from onepass.benches import cli, harness, machine, main, report, timing
+
+CPU = torch.device("cpu")
+RATES = machine.Rates(read=30e9, copy=20e9, matmul={"float32": 100e9, "bfloat16": 200e9}, winners={})
+FAST = harness.Settings(device=CPU, seconds=0.001, compile_seconds=0, pool=1 << 16)
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+def case(**changes: object) -> harness.Case:
+    plain = harness.Case(
+        op="double", name="double_fp32", shape="1000", dtype=torch.float32, make=lambda device: (torch.randn(1000),),
+        implementations={"onepass": double, "eager": double}, reference=double, reads=4000, writes=4000, formula="2 N",
+    )
+    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def rows_of(**changes: object) -> dict[str, harness.Row]:
+    return {row.implementation: row for row in harness.measure(case(**changes), RATES, FAST)}
+
+
+def test_a_wrong_result_is_not_timed_and_says_why() -> None:
+    rows = rows_of(implementations={"onepass": lambda x: 2 * x + 1e-5, "eager": double})
+    assert rows["onepass"].status == "failed"
+    assert rows["onepass"].median is None
+    assert "is allowed" in rows["onepass"].reason
+    assert rows["eager"].median is not None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (lambda x: 2 * x[:-1], "shape"),
+        (lambda x: (2 * x, x), "2 outputs"),
+        (lambda x: torch.full_like(x, float("nan")), "inf"),
+        (lambda x: x.nosuch, "nosuch"),
+    ],
+)
+def test_broken_implementations_become_rows(wrong: object, reason: str) -> None:
+    row = rows_of(implementations={"onepass": wrong, "eager": double})["onepass"]
+    assert row.status in ("failed", "skipped")
+    assert reason in row.reason
+    assert row.median is None
+
+
+def test_other_peoples_rounding_has_more_room_than_ours() -> None:
+    off = lambda x: 2 * x + 1e-6  # under PEERS ulp of the largest value, over one
+    rows = rows_of(implementations={"onepass": off, "peer": off, "eager": double})
+    assert rows["onepass"].status == "failed"
+    assert rows["peer"].status == "ok"
+
+
+def test_different_numbers_by_design_are_not_compared() -> None:
+    rows = rows_of(
+        implementations={"onepass": double, "eager": torch.rand_like}, uncompared=frozenset({"eager"}), yardstick=double
+    )
+    assert rows["eager"].median is not None
+    assert rows["eager"].error is None
+
+
+def test_a_wrong_yardstick_stops_the_case() -> None:
+    with pytest.raises(ValueError, match="PyTorch itself is off"):
+        rows_of(yardstick=lambda x: 3 * x)
+
+
+def test_rows_say_what_they_cost() -> None:
+    row = rows_of(flops=10)["onepass"]
+    assert row.median is not None
+    assert row.p20 is not None
+    assert row.p80 is not None
+    assert row.p20 <= row.median <= row.p80
+    assert row.n >= timing.ROUNDS[0]
+    assert (row.bytes, row.bound) == (8000, "memory")
+    assert row.of_bound == pytest.approx(8000 / 20e9 / row.median)
+    assert row.speedup is not None
+    assert row.lead is not None
+
+
+def test_the_rate_that_binds() -> None:
+    assert RATES.bound(1000, 10, 0, torch.float32) == ("memory", pytest.approx(1010 / 30e9))
+    assert RATES.bound(1000, 1000, 0, torch.float32) == ("memory", pytest.approx(2000 / 20e9))
+    assert RATES.bound(1000, 0, 10**9, torch.bfloat16) == ("matmul", pytest.approx(10**9 / 200e9))
+
+
+def test_gradients_and_arguments_written_in_place() -> None:
+    def append(cache: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return cache.add_(x)
+
+    rows = rows_of(
+        make=lambda device: (torch.zeros(1000), torch.randn(1000)),
+        implementations={"onepass": append, "eager": append}, reference=append,
+    )
+    assert rows["onepass"].error == 0
+
+    def slope(x: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(x.square().sum(), x)[0]
+
+    rows = rows_of(
+        make=lambda device: (torch.randn(1000, requires_grad=True),),
+        implementations={"onepass": slope, "eager": slope}, reference=slope,
+    )
+    assert rows["onepass"].status == "ok"
+
+
+def test_arguments_rotate_and_results_are_kept() -> None:
+    ring = timing.Ring((torch.zeros(1024),), 1 << 16)
+    assert len(ring.sets) == 16
+    assert len({s[0].data_ptr() for s in ring.sets}) == 16
+    assert not ring.cache_resident
+    places = ring.take(20)
+    assert [p % 16 for p in places][:2] == [0, 1]
+    ring.keep(places, list(range(20)))
+    assert ring.kept[:4] == [16, 17, 18, 19]
+    assert ring.take(1).start == 4
+    assert timing.Ring((torch.zeros(1),), 1 << 30).cache_resident
+
+
+def test_everybody_gets_the_same_number_of_rounds_in_turn() -> None:
+    seen: list[str] = []
+    runs = {name: functools.partial(lambda name, x: seen.append(name), name) for name in "abc"}
+    times = timing.interleaved(runs, timing.Ring((torch.zeros(8),), 1 << 10), CPU, 0.001)
+    assert len({len(t.samples) for t in times.values()}) == 1
+
+
+def test_compiling_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow_compile(*args: object, **options: object) -> object:
+        return lambda *args: time.sleep(30)
+
+    monkeypatch.setattr(torch, "compile", slow_compile)
+    start = time.perf_counter()
+    rows = harness.measure(case(), RATES, dataclasses.replace(FAST, compile_seconds=0.2))
+    assert time.perf_counter() - start < 10
+    row = next(row for row in rows if row.implementation == harness.COMPILED)
+    assert row.status == "skipped"
+    assert "took over 0.2 s" in row.reason
+
+
+@pytest.mark.skipif(_native.error is not None, reason="no native extension")
+@pytest.mark.parametrize(("size", "offset"), [(0, 0), (4, 1), (4000, 3), (1 << 20, 1)])
+def test_native_copy_and_read(size: int, offset: int) -> None:
+    source = torch.randint(-(2**31), 2**31, (size // 4 + 16,), dtype=torch.int32)
+    target = torch.zeros(size + 64, dtype=torch.uint8)
+    _native._C.copy_bytes(source.data_ptr(), target.data_ptr() + offset, size, 2)
+    assert torch.equal(target[offset : offset + size], source.view(torch.uint8)[:size])
+    assert not target[:offset].any()
+    assert not target[offset + size :].any()
+    expected = functools.reduce(lambda a, b: a ^ b, source[: size // 4].tolist(), 0) & 0xFFFFFFFF
+    assert _native._C.read_bytes(source.data_ptr(), size, 2) == expected
+
+
+def test_the_command_writes_a_table_json_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["rng", "--only", "normal_1m_fp32", "--quick", "--device", "cpu", "--seconds", "0.001"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "onepass" in out
+    assert "onepass bench rng --only normal_1m_fp32" in out
+    assert max(len(line) for line in out.splitlines()) <= 80
+    about, rates, rows = report.load_json(tmp_path / "bench.json")
+    assert about["versions"]["torch"]
+    assert about["commit"]
+    assert rates["read"] > 0
+    assert {row.implementation for row in rows} == {"onepass", "eager"}
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bench.json", "bench.png"]
+    json.loads((tmp_path / "bench.json").read_text())
+
+
+def test_unknown_names_list_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, known in ((["nosuch"], "reparam"), (["rng", "--only", "nosuch"], "normal_1m_fp32")):
+        with pytest.raises(SystemExit) as stopped:
+            main([*arguments, "--device", "cpu"])
+        assert stopped.value.code == 2
+        assert known in capsys.readouterr().err
+
+
+def test_every_case_is_well_formed() -> None:
+    for stem in cli.stems():
+        cases = cli.cases(stem, CPU)
+        assert cases, stem
+        assert len({c.name for c in cases}) == len(cases), stem
+        for c in cases:
+            assert "eager" in c.implementations, c.name
+            assert any(name.startswith("onepass") for name in c.implementations), c.name
+            assert c.reads + c.writes > 0, c.name
+            assert c.formula, c.name
+
+
+def test_listing_allocates_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list", "--device", "cpu"]) == 0
+    assert "z_kl_b64_fp32" in capsys.readouterr().out
