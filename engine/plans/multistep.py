@@ -60,6 +60,7 @@ def dpmpp_2m(
     abar = alphas_bar(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr)
     training = training_sigmas(abar, rescale_betas_zero_snr)
     check_steps(steps, num_train_timesteps)
+    sigmas: Array
     if kind == "flow":
         sigmas = 1 - np.linspace(1, 1 / num_train_timesteps, steps + 1)[:0:-1]
         sigmas = flow_shift * sigmas / (1 + (flow_shift - 1) * sigmas)

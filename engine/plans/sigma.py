@@ -53,7 +53,7 @@ def euler(
     training = training_sigmas(abar, rescale_betas_zero_snr)
     times = timesteps(steps, num_train_timesteps, timestep_spacing, steps_offset)
     check_begin(begin, steps)
-    sigmas = np.interp(times, np.arange(len(training)), training)
+    sigmas: Array = np.interp(times, np.arange(len(training)), training)
     if sigma_schedule is not None:
         sigmas = spread(sigma_schedule, sigmas[0], sigmas[-1], steps)
         times = sigma_to_timestep(sigmas, training)
@@ -127,7 +127,7 @@ def flow_match_euler(
     if not shift > 0:
         raise ValueError(f"shift={shift}, expected a number above 0")
     if sigmas is not None:
-        out = np.asarray(sigmas, dtype=np.float64)
+        out: Array = np.asarray(sigmas, dtype=np.float64)
         if out.ndim != 1 or not len(out) or not ((out > 0) & (out <= 1)).all():
             raise ValueError(f"sigmas={sigmas}, expected a sequence of numbers above 0 and at most 1")
     else:

@@ -118,7 +118,7 @@ def draw(word: Tensor, distribution: str) -> Tensor:
     if distribution == "uniform":
         return u
     if distribution == "normal":
-        pair = u.reshape(*u.shape[:-1], -1, 2)
+        pair = u.reshape(*u.shape[:-1], u.shape[-1] // 2, 2)
         radius = _sqrt(-2.0 * ln(pair[..., 0]))
         sin, cos = sincos_turn(pair[..., 1])
         return torch.stack((radius * cos, radius * sin), dim=-1).reshape(u.shape)

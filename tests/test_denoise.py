@@ -1,0 +1,468 @@
+"""denoise_step on every backend: values, noise, history, inpainting, and the rules that every op keeps."""
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch._dynamo.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import onepass
+from onepass import DenoisePlan, denoise_step, plans
+from onepass.plans import Row
+from onepass.plans.plan import Level
+
+import cases
+from helpers import ISAS, assert_as_good_as_torch, run_python
+
+BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not ISAS, reason="no native extension"))]
+needs_native = pytest.mark.skipif(not ISAS, reason="no native extension")
+NOISE = 2 << 56         # the stream of step 0
+
+
+def plan_of(*rows: Row) -> DenoisePlan:
+    return DenoisePlan.build("own", rows, torch.arange(len(rows)), [Level(1.0, 1.0)] * (len(rows) + 1))
+
+
+# Every feature of a row, alone and together.
+ROWS = (
+    Row(x=0.9, m=-0.4),
+    Row(x=0.3, u=0.8, p=1.1, q=-0.6, limit=0.7),
+    Row(x=0.5, m=0.2, z=0.7, number=3),
+    Row(x=0.6, m=-0.3, p=0.9, q=-0.2, slot=0, history=(0.4, 0.0)),
+    Row(x=0.7, m=0.1, u=0.3, z=0.2, p=0.4, q=0.8, limit=0.5, slot=1, history=(-0.3, 0.25), number=5),
+    Row(z=1.0, number=6),
+    Row(m=1.0),
+    Row(x=1.0, history=(0.0, 2.0)),
+)
+PLAN = plan_of(*ROWS)
+
+
+def inputs(shape, dtype=torch.float32, seed=0):
+    """sample, uncond, cond, noise, known, state, mask"""
+    g = torch.Generator().manual_seed(seed)
+    randn = lambda size: torch.randn(size, generator=g).to(dtype)
+    mask = torch.rand(shape, generator=g)
+    mask = torch.where(mask < 0.3, 0.0, torch.where(mask > 0.7, 1.0, mask)).to(dtype)
+    return (*(randn(shape) for _ in range(5)), randn((shape[0], PLAN.slots, *shape[1:])), mask)
+
+
+def plain(x, u, c, z, known, state, mask, row, g):
+    """What one writes without onepass, of one row of the batch; the state is changed."""
+    m = u + g * (c - u)
+    kept = torch.clamp(row.p * x + row.q * m, -row.limit, row.limit)
+    prev = row.x * x + row.m * m + row.u * kept + row.z * z
+    for j, h in enumerate(row.history):
+        prev = prev + h * state[j]
+    if row.slot >= 0:
+        state[row.slot] = kept
+    return mask * prev + (1 - mask) * known
+
+
+def plain_batch(tensors, steps, guidance):
+    return torch.stack([plain(*(t[b] for t in tensors), ROWS[s], guidance[b]) for b, s in enumerate(steps)])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", cases.FLOATS)
+@pytest.mark.parametrize("shape", [shape for shape in cases.LATENTS if math.prod(shape)])
+def test_values(shape, dtype, backend):
+    x, u, c, z, known, state, mask = inputs(shape, dtype)
+    steps = torch.arange(shape[0]) % len(ROWS)
+    guidance = torch.linspace(0, 3, shape[0])       # the first row has none
+    mine, same = state.clone(), state.clone()
+    wide = [t.double() for t in (x, u, c, z, known, state, mask)]
+    got = denoise_step(x, (u, c), PLAN, steps, state=mine, guidance=guidance, noise=z, mask=mask, known=known,
+                       backend=backend)
+    truth = plain_batch(wide, steps.tolist(), guidance.tolist())
+    eager = plain_batch((x, u, c, z, known, same, mask), steps.tolist(), guidance.tolist())
+    assert got.dtype == dtype
+    assert got.is_contiguous()
+    assert_as_good_as_torch(got, eager, truth, "prev")
+    assert_as_good_as_torch(mine, same, wide[5], "state")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("row", range(len(ROWS)))
+def test_an_int_is_that_step_for_every_row(row, backend):
+    x, u, c, z, _, state, _ = inputs((3, 2, 5, 11))
+    results = []
+    for step in (row, torch.tensor(row), torch.full((3,), row)):
+        mine = state.clone()
+        results.append((denoise_step(x, torch.cat((u, c)), PLAN, step, state=mine, guidance=2.5, noise=z,
+                                     backend=backend), mine))
+    for prev, mine in results[1:]:
+        assert torch.equal(prev, results[0][0])
+        assert torch.equal(mine, results[0][1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision_models_with_float32_samples(backend):
+    x, m, *_ = inputs((3, 4, 9, 5))
+    plan = plans.ddim(10, clip_sample=False)
+    for dtype in cases.FLOATS:
+        got = denoise_step(x, m.to(dtype), plan, 4, backend=backend)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, denoise_step(x, m.to(dtype).float(), plan, 4, backend="reference"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(5, 3, 7, 9), (4, 5003), (6, 1), (3, 4, 16, 16)])
+def test_noise_is_that_of_the_recipe(shape, backend):
+    zero = torch.zeros(shape)
+    plan = plan_of(Row(z=1.0, number=11), Row(z=1.0, number=4))
+    seeds = torch.arange(shape[0]) * 2**40 - 3
+    got = denoise_step(zero, zero, plan, 0, seed=seeds, backend=backend)
+    assert torch.equal(got, onepass.rng.normal(shape, seed=seeds, stream=NOISE + 11, backend="reference"))
+    for seed in (77, torch.tensor(77)):             # one seed: the batch is one row of numbers
+        got = denoise_step(zero, zero, plan, 1, seed=seed, backend=backend)
+        assert torch.equal(got, onepass.rng.normal(shape, seed=77, stream=NOISE + 4, backend="reference"))
+    steps = torch.arange(shape[0]) % 2              # each row keeps its place in that one row, on its own stream
+    got = denoise_step(zero, zero, plan, steps, seed=77, backend=backend)
+    whole = [onepass.rng.normal(shape, seed=77, stream=NOISE + n, backend="reference") for n in (11, 4)]
+    assert torch.equal(got, torch.stack([whole[i % 2][i] for i in range(shape[0])]))
+    for dtype in (torch.bfloat16, torch.float16):
+        half = denoise_step(zero.to(dtype), zero.to(dtype), plan, 0, seed=seeds, backend=backend)
+        drawn = onepass.rng.normal(shape, seed=seeds, stream=NOISE + 11, dtype=dtype, backend="reference")
+        assert torch.equal(half, drawn)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_missing_seed_is_drawn_from_torch_where_the_plan_needs_one(backend):
+    zero = torch.zeros(2, 300)
+    plan = plan_of(Row(z=1.0))
+    torch.manual_seed(3)
+    first, second = (denoise_step(zero, zero, plan, 0, backend=backend) for _ in range(2))
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    assert torch.equal(denoise_step(zero, zero, plan, 0, backend=backend), first)
+    state = torch.get_rng_state()
+    denoise_step(zero, zero, plans.ddim(4), 0, backend=backend)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_do_not_depend_on_the_batch_or_the_threads(backend):
+    x, u, c, _, known, state, mask = inputs((8, 3, 37, 41))
+    steps, seeds, guidance = torch.arange(8), torch.arange(8) + 2**33, torch.linspace(0, 4, 8)
+
+    def run(rows):
+        mine = state[rows].clone()
+        prev = denoise_step(x[rows], (u[rows], c[rows]), PLAN, steps[rows], state=mine, guidance=guidance[rows],
+                            seed=seeds[rows], mask=mask[rows], known=known[rows], backend=backend)
+        return prev, mine
+
+    whole = run(slice(None))
+    assert all(map(torch.equal, run(slice(None)), whole))
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            for b in range(8):
+                alone = run(slice(b, b + 1))
+                assert torch.equal(alone[0][0], whole[0][b])
+                assert torch.equal(alone[1][0], whole[1][b])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_mixes_samplers_late_joins_and_guidance(backend):
+    """Requests of three samplers, admitted at different times, give what each gives alone."""
+    whole = plans.dpmpp_2m(6) + plans.ddpm(5) + plans.euler_ancestral(4)
+    g = torch.Generator().manual_seed(5)
+    start, seeds, weights = torch.randn(3, 2, 6, 6, generator=g), torch.tensor([4, 5, 6]), torch.tensor([1.0, 0.0, 5.0])
+    model = lambda x: (torch.sin(x), torch.cos(2 * x))
+    alone = []
+    for k, plan in enumerate((plans.dpmpp_2m(6), plans.ddpm(5), plans.euler_ancestral(4))):
+        x, state = start[k : k + 1], plan.new_state(start[k : k + 1])
+        for i in range(len(plan)):
+            x = denoise_step(x, model(plan.scale_input(x, i)), plan, i, state=state, guidance=float(weights[k]),
+                             seed=seeds[k : k + 1], backend=backend)
+        alone.append(x[0])
+    x, state, done, joined = start.clone(), whole.new_state(start), [0, 0, 0], (0, 2, 1)
+    lengths = [6, 5, 4]
+    for tick in range(8):
+        rows = [k for k in range(3) if joined[k] <= tick and done[k] < lengths[k]]
+        if not rows:
+            continue
+        steps = torch.tensor([whole.offsets[k] + done[k] for k in rows])
+        part = state[rows]
+        x[rows] = denoise_step(x[rows], model(whole.scale_input(x[rows], steps)), whole, steps, state=part,
+                               guidance=weights[rows], seed=seeds[rows], backend=backend)
+        state[rows] = part
+        for k in rows:
+            done[k] += 1
+    assert done == lengths
+    for k in range(3):
+        assert torch.equal(x[k], alone[k])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operands_whose_coefficient_is_zero_are_not_read(backend):
+    x, u, c, z, known, state, _ = inputs((2, 3, 33))
+    nan = torch.full_like(x, math.nan)
+    poisoned = torch.full_like(state, math.nan)
+    run = lambda row, **k: denoise_step(plan=PLAN, step=row, **{
+        "sample": x, "model_output": (u, c), "guidance": 3.0, "state": poisoned.clone(), "noise": nan,
+        "backend": backend, **k})
+    assert run(0).isfinite().all()                                              # no history, no noise
+    assert run(6, sample=nan).isfinite().all()
+    assert torch.equal(run(5, sample=nan, model_output=(nan, nan), noise=z), z)
+    assert torch.equal(run(0, model_output=(nan, c), guidance=1.0), run(0, model_output=(c, c)))
+    assert torch.equal(run(0, model_output=(u, nan), guidance=0.0), run(0, model_output=(u, u)))
+    half = state.clone()
+    half[:, 0] = math.nan
+    assert run(7, state=half).isfinite().all()
+    kept = poisoned.clone()
+    assert run(3, state=(mine := torch.stack((state[:, 0], nan), 1))).isfinite().all()
+    assert mine[:, 0].isfinite().all()
+    assert mine[:, 1].isnan().all()
+    assert kept.isnan().all()
+    for kind in (torch.bool, torch.float32):
+        mask = torch.ones(2, 3, 33, dtype=kind)
+        assert torch.equal(run(0, mask=mask, known=nan), run(0))
+        assert torch.equal(run(0, sample=nan, mask=~mask if kind == torch.bool else 0 * mask, known=known), known)
+    assert run(1, sample=nan).isnan().all()                                     # but what is read is not hidden
+    clamped = plan_of(Row(u=1.0, p=1.0, limit=0.5))
+    assert denoise_step(nan, u, clamped, 0, backend=backend).isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [
+    (3, 4, 10, 13), (3, 1, 10, 13), (1, 1, 10, 13), (10, 13), (4, 1, 1), (3, 1, 1, 1), (1, 13), (4, 1, 13), (),
+])
+def test_masks_broadcast(shape, kind, backend):
+    x, m, _, _, known, _, _ = inputs((3, 4, 10, 13))
+    mask = (torch.rand(shape) * 2 - 0.5).clamp(0, 1)
+    mask = (mask > 0.5) if kind == torch.bool else mask.to(kind)
+    plan = plans.flow_match_euler(4)
+    got = denoise_step(x, m, plan, 1, mask=mask, known=known, backend=backend)
+    step = denoise_step(x, m, plan, 1, backend=backend)
+    weight = mask.float()
+    torch.testing.assert_close(got, weight * step + (1 - weight) * known)
+
+
+@needs_native
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_views_and_strides(data):
+    """Chunks of one tensor, permuted dims, expanded and offset views: the values of their contiguous copies."""
+    shape = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=4))
+    order = data.draw(st.permutations(range(len(shape))))
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    base = torch.randn([4, *(s + data.draw(st.integers(0, 3)) for s in shape)], generator=g)
+    crop = tuple(slice(b - s, b) for s, b in zip(shape, base.shape[1:], strict=True))
+    x, m, z, known = (base[i][crop].permute(order) for i in range(4))
+    if data.draw(st.booleans()):
+        m = m[:1].expand_as(m)
+    state = torch.randn(x.shape[0], PLAN.slots, *x.shape[1:], generator=g)
+    copies = state.clone()
+    step = data.draw(st.integers(0, len(ROWS) - 1))
+    mask = torch.rand(x.shape[-1:], generator=g)
+    got = denoise_step(x, m, PLAN, step, state=state, noise=z, mask=mask, known=known, backend="cpu")
+    x, m, z, known = (t.contiguous() for t in (x, m, z, known))
+    expected = denoise_step(x, m, PLAN, step, state=copies, noise=z, mask=mask, known=known, backend="cpu")
+    assert torch.equal(got, expected)
+    assert torch.equal(state, copies)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_out_may_be_the_sample_or_a_view(backend):
+    x, m, _, z, _, state, _ = inputs((4, 3, 21))
+    expected = denoise_step(x, m, PLAN, 4, state=state.clone(), noise=z, backend=backend)
+    wide = torch.full((4, 5, 25), math.nan)
+    for out in (x.clone(), torch.empty_like(x), wide[:, 1:4, 2:23], torch.empty(3, 4, 21).transpose(0, 1)):
+        out.copy_(x)
+        got = denoise_step(out, m, PLAN, 4, state=state.clone(), noise=z, out=out, backend=backend)
+        assert got is out
+        assert torch.equal(got, expected)
+    assert wide[:, 0].isnan().all()
+    assert wide[:, :, 23:].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [shape for shape in cases.LATENTS if not math.prod(shape)])
+def test_empty_batches_and_samples(shape, backend):
+    x = torch.zeros(shape)
+    state = PLAN.new_state(x)
+    got = denoise_step(x, torch.cat((x, x)), PLAN, torch.zeros(shape[0], dtype=torch.int64), state=state, guidance=2.0,
+                       seed=1, mask=torch.ones(1, dtype=torch.bool), known=x, backend=backend)
+    assert got.shape == shape
+
+
+ISA_CODE = """
+import torch, test_denoise as t
+from onepass import _native, denoise_step
+assert _native._C.isa == {isa!r}
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    x, u, c, z, known, state, mask = t.inputs((8, 3, 23, 31), dtype)
+    kwargs = dict(guidance=torch.linspace(0, 3, 8), mask=mask, known=known)
+    for extra in (dict(noise=z), dict(seed=9), dict(seed=torch.arange(8))):
+        states = [state.clone() for _ in range(2)]
+        a, b = (denoise_step(x, (u, c), t.PLAN, torch.arange(8), state=s, backend=k, **kwargs, **extra)
+                for s, k in zip(states, ("cpu", "reference")))
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(*states)
+    plan = t.plan_of(t.Row(z=1.0))
+    zero = torch.zeros(3, 1031, dtype=dtype)
+    assert torch.equal(*(denoise_step(zero, zero, plan, 0, seed=5, backend=k) for k in ("cpu", "reference")))
+print("ok")
+"""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set(isa):
+    path = {"PYTHONPATH": __file__.rpartition("/")[0]}
+    assert run_python(ISA_CODE.format(isa=isa), ONEPASS_CPU_ISA=isa, **path).strip() == "ok"
+
+
+def test_gradients_come_from_the_reference():
+    x, u, c, z, known, state, mask = (t.double() for t in inputs((8, 2, 3)))
+    leaves = [t.requires_grad_() for t in (x, u, c, z, known)]
+    steps = torch.arange(8)
+
+    def f(x, u, c, z, known):
+        mine = state.clone()
+        prev = denoise_step(x, (u, c), PLAN, steps, state=mine, guidance=2.0, noise=z, mask=mask, known=known)
+        return prev, mine
+
+    assert torch.autograd.gradcheck(f, leaves)
+    single = x.detach().float().requires_grad_()
+    plan = plans.dpmpp_2m(4)
+
+    def loop(backend):          # the gradient also flows through the history
+        value, history = single, plan.new_state(single)
+        for i in range(4):
+            value = denoise_step(value, value.sin(), plan, i, state=history, backend=backend)
+        return value
+
+    chosen = loop(None)
+    with torch.no_grad():
+        torch.testing.assert_close(chosen, loop("cpu" if ISAS else "reference"))
+    assert torch.autograd.grad(chosen.sum(), single)[0].abs().sum() > 0
+    if ISAS:
+        with pytest.raises(ValueError, match="backend='cpu' cannot take this call: a gradient is needed"):
+            loop("cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_library_op(backend):
+    x, u, c, z, known, state, mask = inputs((3, 7))
+    for steps, noise, cond in ((None, z, c), (torch.arange(3) + 2, None, None)):
+        args = (x, u, cond, PLAN.table, 4, steps, state, 2.0, None, 5, torch.arange(3), noise, True, mask, known)
+        torch.library.opcheck(torch.ops.onepass.denoise_step.default, args, {"backend": backend})
+
+
+def test_compile_fake_make_fx_vmap_autocast():
+    torch._dynamo.reset()
+    x, u, c, z, _, state, _ = inputs((3, 7))
+    plan = plans.dpmpp_2m(6) + plans.ddim(4, eta=1.0)
+
+    def f(x, u, c, steps, seeds, state):
+        return denoise_step(x * 2, (u, c), plan, steps, state=state, guidance=3.0, seed=seeds).sin()
+
+    state = state[:, :1].contiguous()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    for first in (0, 3, 6):
+        steps, mine, theirs = torch.arange(3) + first, state.clone(), state.clone()
+        torch.testing.assert_close(compiled(x, u, c, steps, steps, mine), f(x, u, c, steps, steps, theirs))
+        assert torch.equal(mine, theirs)
+    assert counter.frame_count == 1
+    leaf = x.clone().requires_grad_()               # with a gradient the reference is traced
+    g = lambda x: denoise_step(x, u, plan, torch.tensor([7, 8, 9]), state=state.clone(), noise=z).sum()
+    torch.testing.assert_close(torch.autograd.grad(torch.compile(g, fullgraph=True, backend="aot_eager")(leaf), leaf),
+                               torch.autograd.grad(g(leaf), leaf))
+
+    with torch._subclasses.FakeTensorMode():
+        fake, imagined = torch.empty(3, 7), plans.dpmpp_2m(6)
+        assert denoise_step(fake, fake, imagined, 0, state=imagined.new_state(fake)).shape == (3, 7)
+    steps = torch.arange(3)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(f)(x, u, c, steps, steps, state.clone())
+    torch.testing.assert_close(traced(x, u, c, steps, steps, state.clone()), f(x, u, c, steps, steps, state.clone()))
+    run = lambda x, m: denoise_step(x[None], m[None], plans.ddim(4), 2)[0]
+    torch.testing.assert_close(torch.func.vmap(run)(x, u), denoise_step(x, u, plans.ddim(4), 2))
+    torch.testing.assert_close(torch.func.grad(lambda x: run(x, u[0]).sum())(x[0]),
+                               torch.autograd.functional.jacobian(lambda x: run(x, u[0]).sum(), x[0]))
+    expected = run(x, u)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run(x, u), expected)
+
+
+def test_compiles_with_inductor():
+    torch._dynamo.reset()
+    x, m, *_ = inputs((3, 7))
+    plan = plans.dpmpp_2m(6)
+    state = plan.new_state(x)
+    f = torch.compile(lambda x, m, s: denoise_step(x, m, plan, 2, state=s).sin(), fullgraph=True)
+    again = state.clone()
+    torch.testing.assert_close(f(x, m, state), denoise_step(x, m, plan, 2, state=again).sin())
+    assert torch.equal(state, again)
+
+
+X = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(("change", "error", "text"), [
+    ({"sample": 3}, TypeError, "sample is int, expected a tensor"),
+    ({"sample": torch.zeros(())}, ValueError, r"sample has shape \(\), expected \[B, \.\.\.\]"),
+    ({"sample": X.long()}, TypeError, "sample has dtype torch.int64, expected float32"),
+    ({"plan": PLAN.table}, TypeError, "plan is Tensor, expected a DenoisePlan"),
+    ({"plan": PLAN.to("meta")}, ValueError, "plan is on meta, expected the device of sample, cpu"),
+    ({"model_output": torch.zeros(3, 3)}, ValueError, r"model_output has shape \(3, 3\), expected that of sample"),
+    ({"model_output": (X, X, X)}, ValueError, r"model_output has 3 parts, expected \(uncond, cond\)"),
+    ({"model_output": (X, X)}, ValueError, "model_output is a pair, expected a guidance with it"),
+    ({"model_output": torch.zeros(4, 3)}, ValueError, r"model_output has shape \(4, 3\).*with guidance twice as many"),
+    ({"model_output": (X, X.half()), "guidance": 2.0}, TypeError, r"model_output\[1\] has dtype torch.float16"),
+    ({"model_output": (X, X), "guidance": "3"}, TypeError, "guidance is str, expected a number"),
+    ({"model_output": (X, X), "guidance": torch.ones(3)}, ValueError, r"guidance has shape \(3,\), expected \(\) or"),
+    ({"guidance": 2.0}, ValueError, "guidance is given with one model_output"),
+    ({"step": 8}, ValueError, r"step=8, expected 0 \.\. 7"),
+    ({"step": -1}, ValueError, r"step=-1, expected 0 \.\. 7"),
+    ({"step": torch.tensor([0, 8])}, ValueError, r"step has values 0 \.\. 8, expected 0 \.\. 7"),
+    ({"step": torch.tensor([0.0, 1.0])}, TypeError, "step has dtype torch.float32, expected an int or an int64 tensor"),
+    ({"step": torch.arange(3)}, ValueError, r"step has shape \(3,\), expected \(\) or \(2,\)"),
+    ({"state": None}, ValueError, r"state is None, expected plan.new_state\(sample\), of shape \(2, 2, 3\)"),
+    ({"state": torch.zeros(2, 1, 3)}, ValueError, r"state has shape \(2, 1, 3\), expected \(2, 2, 3\)"),
+    ({"state": torch.zeros(2, 2, 3).half()}, TypeError, "state has dtype torch.float16"),
+    ({"state": torch.zeros(2, 3, 2).transpose(1, 2)}, ValueError, "state has strides .* expected a contiguous tensor"),
+    ({"plan": plans.ddim(8)}, ValueError, "state is given, expected None"),
+    ({"seed": 1, "noise": X}, ValueError, "noise and seed are both given"),
+    ({"seed": torch.arange(3)}, ValueError, r"seed has shape \(3,\), expected \(\) or \(2,\)"),
+    ({"noise": torch.zeros(2, 4)}, ValueError, r"noise has shape \(2, 4\)"),
+    ({"mask": X.bool()}, ValueError, "known is None, expected mask and known together"),
+    ({"known": X}, ValueError, "mask is None, expected mask and known together"),
+    ({"mask": X.long(), "known": X}, TypeError, "mask has dtype torch.int64"),
+    ({"mask": torch.zeros(2, 2), "known": X}, ValueError, r"mask has shape \(2, 2\), expected one that broadcasts"),
+    ({"mask": torch.zeros(1, 2, 3), "known": X}, ValueError, r"mask has shape \(1, 2, 3\), expected one that"),
+    ({"out": X.half()}, TypeError, "out has dtype torch.float16, expected torch.float32"),
+    ({"backend": "triton"}, ValueError, "backend='triton' cannot take this call: denoise_step has no triton kernel"),
+])
+def test_bad_input_writes_nothing(change, error, text):
+    state, out = torch.full((2, 2, 3), 7.0), torch.full((2, 3), 7.0)
+    args = {"sample": X, "model_output": X, "plan": PLAN, "step": 4, "state": state, "out": out}
+    with pytest.raises(error, match=text):
+        denoise_step(**{**args, **change})
+    assert (state == 7).all()
+    assert (out == 7).all()
+
+
+@needs_native
+def test_the_kernel_checks_steps_that_no_check_saw():
+    state = torch.full((2, 2, 3), 7.0)
+    args = (X, X, None, PLAN.table, 0, torch.tensor([3, 99]), state, 1.0, None, 0, None, X, True, None, None)
+    with pytest.raises(ValueError, match=r"step of row 1 is 99, expected 0 \.\. 7"):
+        torch.ops.onepass.denoise_step(*args, backend="cpu")
+    assert (state == 7).all()
+
+
+@needs_native
+def test_backends_that_refuse_say_why():
+    with pytest.raises(ValueError, match=r"dtype is torch\.float64, the kernel takes"):
+        denoise_step(X.double(), X.double(), plans.ddim(4), 0, backend="cpu")
+    with pytest.raises(ValueError, match=r"model_output is torch\.float32 with a torch\.bfloat16 sample"):
+        denoise_step(X.bfloat16(), X, plans.ddim(4), 0, backend="cpu")
