@@ -53,6 +53,7 @@ class CMakeBuild(build_ext):
 setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
+    include_package_data=False,
     package_data={"onepass": ["py.typed", "*.pyi"], "onepass.demo": ["weights/*.safetensors"]},
     ext_modules=[Extension("onepass._C", [])],
     cmdclass={"build_ext": CMakeBuild},

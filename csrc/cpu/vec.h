@@ -132,6 +132,8 @@ OP_INLINE F32 widen(U16 half, F16) {
   return _mm512_cvtph_ps((__m256i)half);
 #elif defined(__AVX2__)
   return _mm256_cvtph_ps((__m128i)half);
+#elif defined(__aarch64__)
+  return vcvt_f32_f16((float16x4_t)half);
 #else
   F32 x;
   for (int i = 0; i < W; ++i) {
@@ -156,6 +158,8 @@ OP_INLINE U16 narrow(F32 x, F16) {
   return (U16)_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__AVX2__)
   return (U16)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__aarch64__)
+  return (U16)vcvt_f16_f32(x);
 #else
   U16 half{};
   for (int i = 0; i < W; ++i) {
