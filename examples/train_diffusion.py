@@ -13,15 +13,16 @@ import math
 import pathlib
 
 import torch
-from onepass.demo import digits, weights
-from onepass.demo.models import CLASSES, Denoiser
 from rich.progress import track
 from torch.nn import functional as F
+
+from onepass.demo import checkpoints, digits
+from onepass.demo.models import CLASSES, Denoiser
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default=weights.FOLDER, help="folder of diffusion.safetensors")
+    parser.add_argument("--out", type=pathlib.Path, default=checkpoints.FOLDER, help="folder of diffusion.safetensors")
     parser.add_argument("--steps", type=int, default=4000)
     args = parser.parse_args()
 
@@ -57,7 +58,7 @@ def main() -> None:
         loss_mean += (loss.item() - loss_mean) * 0.01
         if (step + 1) % 500 == 0:
             print(f"step {step + 1}: loss {loss_mean:.4f}")
-    path = weights.save(average, "diffusion", args.out)
+    path = checkpoints.save(average, "diffusion", args.out)
     print(f"wrote {path}: {path.stat().st_size / 1e6:.2f} MB")
 
 

@@ -15,11 +15,12 @@ import sysconfig
 from pydoc_data import topics
 
 import torch
-from onepass.demo import weights
-from onepass.demo.bpe import Tokenizer, learn
-from onepass.demo.transformer import Config, Transformer, rotary_tables, train_attend
 from rich.progress import track
 from torch.nn import functional as F
+
+from onepass.demo import checkpoints
+from onepass.demo.bpe import Tokenizer, learn
+from onepass.demo.transformer import Config, Transformer, rotary_tables, train_attend
 
 
 def corpus() -> str:
@@ -33,7 +34,7 @@ def corpus() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default=weights.FOLDER, help="folder of lm.safetensors")
+    parser.add_argument("--out", type=pathlib.Path, default=checkpoints.FOLDER, help="folder of lm.safetensors")
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args()
@@ -77,7 +78,7 @@ def main() -> None:
         mean += (loss.item() - mean) * 0.02
         if (step + 1) % 200 == 0:
             print(f"step {step + 1}: loss {mean:.3f} nats a token")
-    path = weights.save(model, "lm", args.out, config=dataclasses.asdict(config), merges=merges)
+    path = checkpoints.save(model, "lm", args.out, config=dataclasses.asdict(config), merges=merges)
     print(f"wrote {path}: {path.stat().st_size / 1e6:.2f} MB")
 
 

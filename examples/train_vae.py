@@ -11,16 +11,17 @@ import math
 import pathlib
 
 import torch
-from onepass.demo import digits, weights
-from onepass.demo.models import VAE
 from rich.progress import track
+
+from onepass.demo import checkpoints, digits
+from onepass.demo.models import VAE
 
 SIGMA = 0.3  # the decoder's standard deviation: what weighs reconstruction against the KL
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default=weights.FOLDER, help="folder of vae.safetensors")
+    parser.add_argument("--out", type=pathlib.Path, default=checkpoints.FOLDER, help="folder of vae.safetensors")
     parser.add_argument("--steps", type=int, default=12000)
     args = parser.parse_args()
 
@@ -45,7 +46,7 @@ def main() -> None:
         kl_mean += (kl.item() - kl_mean) * 0.01
         if (step + 1) % 2000 == 0:
             print(f"step {step + 1}: squared error {error_mean:.4f} a pixel, KL {kl_mean:.2f} nats an image")
-    path = weights.save(model, "vae", args.out)
+    path = checkpoints.save(model, "vae", args.out)
     print(f"wrote {path}: {path.stat().st_size / 1e6:.2f} MB")
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import pathlib
 import re
 
@@ -15,8 +16,8 @@ pytest.importorskip("diffusers")
 pytest.importorskip("PIL")
 
 from onepass import demo
-from onepass.demo import bpe, report, weights, workload
-from onepass.demo.workload import Bar, Figure, Result, Side
+from onepass.demo import bpe, checkpoints, report, workload
+from onepass.demo.workload import Bar, Figure, Result, Side, Time
 
 CPU = torch.device("cpu")
 RESULTS: dict[str, Result] = {}
@@ -34,7 +35,7 @@ def test_both_sides_agree(name):
     assert result.agrees, (result.agreement, result.notes)
     assert result.name == name
     for side in (result.stock, result.onepass):
-        assert 0 < side.op_seconds < side.seconds
+        assert 0 < side.op.seconds < side.whole.seconds
 
 
 @pytest.mark.parametrize("name", demo.WORKLOADS)
@@ -44,18 +45,22 @@ def test_report_holds_the_figures(name):
     text = report.page([result], "a machine")
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
     assert len(pictures) == sum(isinstance(figure.content, bytes) for figure in result.figures)
-    assert all(figure.title in text for figure in result.figures)
+    assert all(html.escape(figure.title) in text for figure in result.figures)
     assert "http" not in text   # one file, nothing fetched
 
 
+def side(whole: float, op: float, margin: float = 0.01) -> Side:
+    return Side(Time(whole, margin), Time(op, margin))
+
+
 def made_up(**changes: object) -> Result:
-    result = Result("vae", "this and that", "some_op", Side(2.0, 0.5), Side(1.6, 0.1), True, "within 1e-06",
+    result = Result("vae", "this and that", "some_op", side(2.0, 0.5), side(1.6, 0.1), True, "within 1e-06",
                     figures=[Figure("Text", "words", "a < b")])
     return dataclasses.replace(result, **changes)
 
 
 def test_table_fits_80_columns_and_shows_losses(capsys):
-    slower = made_up(name="diffusion", op="attention_with_kvcache", stock=Side(1.0, 0.2), onepass=Side(1.1, 0.3),
+    slower = made_up(name="diffusion", op="attention_with_kvcache", stock=side(1.0, 0.2), onepass=side(1.1, 0.3),
                      agreement="16384 tokens equal")
     demo.rich.console.Console(width=80).print(report.table([made_up(), slower]))
     text = capsys.readouterr().out
@@ -74,6 +79,21 @@ def test_text_in_the_report_is_escaped():
 )
 def test_seconds_text(seconds, text):
     assert report.seconds_text(seconds) == text
+
+
+def test_ratios_within_the_noise_are_marked():
+    assert report.ratio_text(Time(1.1, 0.05), Time(1.0, 0.04)) == ("1.10x", "win")
+    assert report.ratio_text(Time(1.0, 0.04), Time(1.1, 0.05)) == ("0.91x", "loss")
+    assert report.ratio_text(Time(1.1, 0.09), Time(1.0, 0.06)) == ("~1.10x", "")
+
+
+def test_times():
+    time = Time.of([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert time.seconds == 3.0
+    assert time.margin == pytest.approx(2.5 * 2.4 / 1.68 / 5**0.5)
+    assert Time.of([2.0]) == Time(2.0, 0.0)
+    assert Time(1.0, 3.0) + Time(2.0, 4.0) == Time(3.0, 5.0)
+    assert Time(1.0, 3.0) * 4 == Time(4.0, 12.0)
 
 
 def test_unknown_name_lists_what_there_is(tmp_path, capsys):
@@ -133,8 +153,15 @@ def test_race_alternates_and_takes_medians():
     stock, onepass, stock_side, onepass_side = workload.race(side("s"), side("o"), CPU, Bar(), repeats=3)
     assert (stock, onepass) == ("s", "o")
     assert "".join(order) == "so" + "so" + "os" + "so"
-    assert stock_side.op_seconds <= stock_side.seconds
-    assert onepass_side.op_seconds <= onepass_side.seconds
+    assert stock_side.op.seconds <= stock_side.whole.seconds
+    assert onepass_side.op.seconds <= onepass_side.whole.seconds
+
+
+def test_race_repeats_a_slow_workload_less_often(monkeypatch):
+    monkeypatch.setattr(workload, "BUDGET", 0.0)
+    runs: list[int] = []
+    workload.race(lambda op: runs.append(0), lambda op: runs.append(1), CPU, Bar(), repeats=9)
+    assert runs == [0, 1, 0, 1]
 
 
 def test_tokenizer_round_trip():
@@ -148,15 +175,15 @@ def test_tokenizer_round_trip():
 
 
 def test_shipped_weights_are_small():
-    files = list(weights.FOLDER.glob("*.safetensors"))
+    files = list(checkpoints.FOLDER.glob("*.safetensors"))
     assert {path.stem for path in files} == {"diffusion", "lm", "vae"}
     assert sum(path.stat().st_size for path in files) < 5e6
 
 
 def test_weights_round_trip(tmp_path: pathlib.Path):
     model = torch.nn.Linear(3, 2)
-    weights.save(model, "toy", tmp_path, config={"width": 3})
-    state, metadata = weights.load("toy", tmp_path)
+    checkpoints.save(model, "toy", tmp_path, config={"width": 3})
+    state, metadata = checkpoints.load("toy", tmp_path)
     assert torch.equal(state["weight"], model.weight.half().float())
     assert metadata == {"config": {"width": 3}}
     assert [path.name for path in tmp_path.iterdir()] == ["toy.safetensors"]

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 import os
 import pathlib
 import string
@@ -10,7 +11,7 @@ import string
 from rich import box
 from rich.table import Table
 
-from .workload import Figure, Result, Side
+from .workload import Figure, Result, Side, Time
 
 _PAGE = string.Template("""<!doctype html>
 <html lang="en">
@@ -20,9 +21,11 @@ _PAGE = string.Template("""<!doctype html>
 <title>onepass demo</title>
 <style>
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #5c6670; --line: #dde2e7; --page: #fff; --card: #f6f8fa;
-  --ours: #0b7a75; --theirs: #a9b4bf; --bad: #b3261e; }
+  --ours: #0b7a75; --theirs: #a9b4bf; --bad: #b3261e;
+  --loss: #9a6700; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6eaee; --soft: #98a3ae; --line: #30363d; --page: #101418;
-  --card: #181d23; --ours: #4fc3b8; --theirs: #55606b; --bad: #ff8a80; } }
+  --card: #181d23; --ours: #4fc3b8; --theirs: #55606b; --bad: #ff8a80;
+  --loss: #d9a441; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 62rem; background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
@@ -36,13 +39,15 @@ th:first-child, td:first-child, th:nth-child(2), td:nth-child(2), th:last-child,
 thead th { border-bottom: 2px solid var(--line); font-weight: 600; }
 tbody tr:nth-child(odd) td, tbody tr:nth-child(odd) th { border-top: 1px solid var(--line); }
 tbody th { font-weight: 600; vertical-align: top; } code { font-family: ui-monospace, Consolas, monospace; }
-.win { color: var(--ours); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
+.win { color: var(--ours); font-weight: 600; } .loss { color: var(--loss); font-weight: 600; }
+.bad { color: var(--bad); font-weight: 600; }
 .bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .25rem .75rem; align-items: center;
   margin: 1rem 0 1.2rem; font-size: .87rem; } .bars i { display: block; height: .8rem; border-radius: 2px; }
 .stock { background: var(--theirs); } .onepass { background: var(--ours); }
 figure { margin: 1.2rem 0 0; padding: 1rem; background: var(--card); border: 1px solid var(--line);
   border-radius: 8px; } figcaption { margin-bottom: .7rem; }
 .figures { display: flex; flex-wrap: wrap; gap: 0 1.2rem; align-items: flex-start; }
+figure:has(pre) { flex: 1 1 26rem; }
 figure img { max-width: 100%; height: auto; display: block; }
 figure pre { margin: 0; font: .83rem/1.5 ui-monospace, Consolas, monospace; white-space: pre-wrap; }
 ul { margin: .4rem 0; padding-left: 1.2rem; }
@@ -57,7 +62,8 @@ ul { margin: .4rem 0; padding-left: 1.2rem; }
 <tbody>
 $rows
 </tbody></table></div>
-<p class="soft small">Medians. Ratio: stock's time over onepass's, above 1 where onepass is faster. Share: the op's part
+<p class="soft small">Medians. Ratio: stock's time over onepass's, above 1 where onepass is faster;
+~ where the repeats scatter more than the two sides differ. Share: the op's part
 of the stock workload's time, which bounds what a faster op can bring to the whole.</p>
 $sections
 </body>
@@ -67,16 +73,26 @@ $sections
 
 def seconds_text(seconds: float) -> str:
     """Three significant digits in the unit that suits."""
-    value, unit = (seconds, "s") if seconds >= 1 else (seconds * 1e3, "ms") if seconds >= 1e-3 else (seconds * 1e6, "us")
+    scale, unit = (1.0, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "us")
+    value = seconds * scale
     return f"{value:.{max(0, 3 - len(str(int(value))))}f} {unit}"
 
 
-def _parts(result: Result) -> list[tuple[str, float, float, str]]:
-    """(part, stock seconds, onepass seconds, share) of the whole and of the op."""
+def _parts(result: Result) -> list[tuple[str, Time, Time, str]]:
+    """(part, stock's time, onepass's time, share) of the whole and of the op."""
+    share = result.stock.op.seconds / result.stock.whole.seconds
     return [
-        ("whole workload", result.stock.seconds, result.onepass.seconds, ""),
-        (result.op, result.stock.op_seconds, result.onepass.op_seconds, f"{result.stock.share:.1%}"),
+        ("whole workload", result.stock.whole, result.onepass.whole, ""),
+        (result.op, result.stock.op, result.onepass.op, f"{share:.1%}"),
     ]
+
+
+def ratio_text(stock: Time, onepass: Time) -> tuple[str, str]:
+    """("1.25x", "win"), "loss" where onepass is slower, and ("~1.01x", "") where the margins leave it open."""
+    ratio = stock.seconds / onepass.seconds
+    if abs(stock.seconds - onepass.seconds) <= math.hypot(stock.margin, onepass.margin):
+        return f"~{ratio:.2f}x", ""
+    return f"{ratio:.2f}x", "win" if ratio > 1 else "loss"
 
 
 def table(results: list[Result]) -> Table:
@@ -91,22 +107,22 @@ def table(results: list[Result]) -> Table:
         if i:
             made.add_section()
         for j, (part, stock, onepass, share) in enumerate(_parts(result)):
-            ratio = stock / onepass
+            ratio, verdict = ratio_text(stock, onepass)
+            style = {"win": "bold green", "loss": "yellow", "": "dim"}[verdict]
             name = f"  {part}" if j else f"[bold]{result.name}[/]"
             check = "" if j else f"[green]{result.agreement}[/]" if result.agrees else f"[red]{result.agreement}[/]"
             made.add_row(
-                name, seconds_text(stock), seconds_text(onepass),
-                f"[bold green]{ratio:.2f}x[/]" if ratio >= 1.05 else f"[yellow]{ratio:.2f}x[/]", share, check,
+                name, seconds_text(stock.seconds), seconds_text(onepass.seconds), f"[{style}]{ratio}[/]", share, check,
             )
     return made
 
 
-def _row(name: str, part: str, stock: float, onepass: float, share: str, check: str) -> str:
-    ratio = stock / onepass
-    win = ' class="win"' if ratio >= 1.05 else ""
+def _row(name: str, part: str, stock: Time, onepass: Time, share: str, check: str) -> str:
+    ratio, verdict = ratio_text(stock, onepass)
     return (
-        f"<tr><th>{name}</th><td>{part}</td><td>{seconds_text(stock)}</td><td>{seconds_text(onepass)}</td>"
-        f"<td{win}>{ratio:.2f}x</td><td>{share}</td><td>{check}</td></tr>"
+        f"<tr><th>{name}</th><td>{part}</td><td>{seconds_text(stock.seconds)}</td>"
+        f'<td>{seconds_text(onepass.seconds)}</td><td class="{verdict}">{ratio}</td>'
+        f"<td>{share}</td><td>{check}</td></tr>"
     )
 
 
@@ -122,9 +138,9 @@ def _rows(result: Result) -> list[str]:
 
 def _bars(stock: Side, onepass: Side, op: str) -> str:
     lines = []
-    for part, a, b in (("whole", stock.seconds, onepass.seconds), (op, stock.op_seconds, onepass.op_seconds)):
-        longest = max(a, b)
-        for side, value in (("stock", a), ("onepass", b)):
+    for part, a, b in (("whole", stock.whole, onepass.whole), (op, stock.op, onepass.op)):
+        longest = max(a.seconds, b.seconds)
+        for side, value in (("stock", a.seconds), ("onepass", b.seconds)):
             lines.append(
                 f'<span>{html.escape(part)}, {side}</span><i class="{side}" style="width:{value / longest:.1%}"></i>'
                 f"<span>{seconds_text(value)}</span>"
@@ -135,7 +151,8 @@ def _bars(stock: Side, onepass: Side, op: str) -> str:
 def _figure(figure: Figure) -> str:
     if isinstance(figure.content, bytes):
         data = base64.b64encode(figure.content).decode()
-        content = f'<img alt="{html.escape(figure.title)}" src="data:{figure.mime};base64,{data}">'
+        width = f' width="{figure.width}"' if figure.width else ""
+        content = f'<img{width} alt="{html.escape(figure.title)}" src="data:{figure.mime};base64,{data}">'
     else:
         content = f"<pre>{html.escape(figure.content)}</pre>"
     return (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reparameterize_kl, rng
-from . import digits, pictures, weights
+from . import checkpoints, digits, pictures
 from .models import LATENT, VAE
 from .workload import Bar, Figure, Result, Stopwatch, race
 
@@ -52,7 +52,7 @@ def run(device: torch.device, bar: Bar, quick: bool = False) -> Result:
         images, labels = images[:200], labels[:200]
     draws, repeats = (2, 1) if quick else (32, 9)
     model = VAE().to(device).eval()
-    model.load_state_dict(weights.load(NAME)[0])
+    model.load_state_dict(checkpoints.load(NAME)[0])
     noise = rng.normal((len(images) * draws, LATENT), seed=_SEED, stream=_STREAM, device=device)
 
     def side(sample: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callable[[Stopwatch], list[Tensor]]:
@@ -95,10 +95,10 @@ def run(device: torch.device, bar: Bar, quick: bool = False) -> Result:
         ],
         figures=[
             Figure("Reconstructions", "Top: a digit. Below: two of its draws, decoded.",
-                   pictures.grid(grey(pairs), 10, 56), "image/png"),
+                   pictures.grid(grey(pairs), 10, 38), "image/png"),
             Figure("Samples", "Latents drawn from the standard normal, decoded.",
-                   pictures.grid(grey(model.decode(prior)[:, 0]), 12, 46), "image/png"),
+                   pictures.grid(grey(model.decode(prior)[:, 0]), 12, 31), "image/png"),
             Figure("A latent walk", "From one digit to the next on a straight line in the latent space.",
-                   pictures.grid(grey(_latent_walk(model, mean[::draws], labels)), 12, 46), "image/png"),
+                   pictures.grid(grey(_latent_walk(model, mean[::draws], labels)), 12, 31), "image/png"),
         ],
     )

@@ -1,15 +1,18 @@
 """What every workload of the demo shares: the two sides, how they are timed, and what a workload hands back."""
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+BUDGET = 30.0   # seconds that the repeats of one workload may take: a slow machine gets fewer of them
 
 
 class Bar:
@@ -20,6 +23,9 @@ class Bar:
 
     def tick(self) -> None:
         """One of them is done."""
+
+    def shorten(self, total: int) -> None:
+        """There are `total` ticks after all, those done included."""
 
 
 class Stopwatch:
@@ -41,15 +47,31 @@ class Stopwatch:
 
 
 @dataclass(frozen=True)
+class Time:
+    """A median, and how far off it may be."""
+
+    seconds: float
+    margin: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Time:
+        """The margin is twice the standard error of a median, with the deviation from the 20th and 80th percentile."""
+        low, *_, high = statistics.quantiles(samples, n=5, method="inclusive") if len(samples) > 1 else (0.0, 0.0)
+        return cls(statistics.median(samples), 2 * 1.25 * (high - low) / 1.68 / len(samples) ** 0.5)
+
+    def __add__(self, other: Time) -> Time:
+        return Time(self.seconds + other.seconds, math.hypot(self.margin, other.margin))
+
+    def __mul__(self, count: int) -> Time:
+        return Time(self.seconds * count, self.margin * count)
+
+
+@dataclass(frozen=True)
 class Side:
-    """One way of doing a workload: medians over its repeats."""
+    """One way of doing a workload."""
 
-    seconds: float      # the whole workload
-    op_seconds: float   # inside the op that onepass replaces
-
-    @property
-    def share(self) -> float:
-        return self.op_seconds / self.seconds
+    whole: Time     # the whole workload
+    op: Time        # inside the op that onepass replaces
 
 
 @dataclass(frozen=True)
@@ -60,6 +82,7 @@ class Figure:
     caption: str
     content: bytes | str
     mime: str = "text/plain"
+    width: int | None = None    # pixels to show a picture at, its own by default
 
 
 @dataclass(frozen=True)
@@ -78,7 +101,7 @@ class Result:
 def race(
     stock: Callable[[Stopwatch], T], onepass: Callable[[Stopwatch], T], device: torch.device, bar: Bar, repeats: int
 ) -> tuple[T, T, Side, Side]:
-    """Run both sides by turns: once to warm up, whose results come back, then `repeats` times for the medians.
+    """Run both sides by turns: once to warm up, whose results come back, then up to `repeats` times for the medians.
 
     A side wraps its op in the stopwatch it is given. The sides alternate, and so does which goes first, so that neither
     gains from what the machine is doing meanwhile.
@@ -87,9 +110,13 @@ def race(
     times: tuple[list[tuple[float, float]], ...] = ([], [])
     bar.start(2 * (1 + repeats))
     results = []
+    warm_up = Stopwatch(device)
     for side in sides:
-        results.append(side(Stopwatch(device)))
+        with warm_up:
+            results.append(side(Stopwatch(device)))
         bar.tick()
+    repeats = max(1, min(repeats, int(BUDGET / warm_up.seconds)))
+    bar.shorten(2 * (1 + repeats))
     for repeat in range(repeats):
         for which in (0, 1) if repeat % 2 == 0 else (1, 0):
             whole, op = Stopwatch(device), Stopwatch(device)
@@ -97,5 +124,5 @@ def race(
                 sides[which](op)
             times[which].append((whole.seconds, op.seconds))
             bar.tick()
-    medians = [Side(*(statistics.median(column) for column in zip(*rows, strict=True))) for rows in times]
+    medians = [Side(*(Time.of(column) for column in zip(*rows, strict=True))) for rows in times]
     return results[0], results[1], medians[0], medians[1]
