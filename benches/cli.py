@@ -84,11 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows += (found := measure(case, rates, settings))
                 for key, group in report.grouped(found).items():
                     report.print_case(console, key, group)
+                report.save_json(options.out / "bench.json", about, machine.as_dict(rates), rows)
                 advance()
         except KeyboardInterrupt:
             interrupted = True
     if rows:
-        report.save_json(options.out / "bench.json", about, machine.as_dict(rates), rows)
         written = [options.out / "bench.json"]
         if not options.no_plot and any(row.median is not None for row in rows):
             report.save_plot(options.out / "bench.png", about, rows)

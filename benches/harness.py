@@ -11,13 +11,17 @@ import contextlib
 import math
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+
+from onepass import registry
 
 from .machine import Rates, name_of, pool_bytes
 from .timing import Ring, Run, Times, copied, interleaved
@@ -58,6 +62,7 @@ class Row:
     op: str
     case: str
     implementation: str
+    backend: str  # which of ours took the call ("cpu", "reference", ...); empty for others
     device: str
     shape: str
     dtype: str
@@ -74,7 +79,7 @@ class Row:
     flops: int = 0
     formula: str = ""
     bound: str = ""  # the measured rate that binds: "memory" or "matmul"
-    of_bound: float | None = None  # share of that rate, 1 is all of it
+    of_bound: float | None = None  # share of that rate, 1 is all of it; None where the cache serves the memory
     speedup: float | None = None  # over eager: below 1 is a loss
     lead: float | None = None  # over the best of the others
     cache_resident: bool = False
@@ -101,7 +106,7 @@ def measure(case: Case, rates: Rates, settings: Settings) -> list[Row]:
     arguments = inputs(case, device)
     runs, rows = dict(case.implementations), {}
     for name in [*runs, *([COMPILED] if settings.compile_seconds else [])]:
-        rows[name] = Row(case.op, case.name, name, device.type, case.shape, name_of(case.dtype))
+        rows[name] = Row(case.op, case.name, name, "", device.type, case.shape, name_of(case.dtype))
         rows[name].command = settings.command
 
     if COMPILED in rows:
@@ -116,7 +121,9 @@ def measure(case: Case, rates: Rates, settings: Settings) -> list[Row]:
         settings.on_step(f"{case.name}: checking {name}")
         row = rows[name]
         try:
-            row.error, row.allowed, row.reason = verdict(name, runs[name](*copied(arguments)))
+            with _backends() as chosen:
+                row.error, row.allowed, row.reason = verdict(name, runs[name](*copied(arguments)))
+            row.backend = "+".join(sorted(chosen)) if row.ours else ""
             row.status = "failed" if row.reason else "ok"
         except Exception as error:
             row.status, row.reason = "skipped", _first_line(error)
@@ -143,7 +150,8 @@ def _fill(case: Case, rows: dict[str, Row], times: dict[str, Times], rates: Rate
         row, median = rows[name], medians[name]
         row.median, row.p20, row.p80, row.n, row.host = median, t.quantile(0.2), t.quantile(0.8), len(t.samples), t.host
         row.bytes, row.flops, row.formula = case.reads + case.writes, case.flops, case.formula
-        row.bound, row.of_bound, row.cache_resident = bound, seconds / median, cache_resident
+        row.bound, row.cache_resident = bound, cache_resident
+        row.of_bound = None if cache_resident and bound == "memory" else seconds / median
         row.speedup = medians["eager"] / median if "eager" in medians else None
         row.lead = min(others) / median if others and row.ours else None
 
@@ -176,6 +184,21 @@ class Verdict:
             if not error <= room:
                 return error, room, f"output {i} is off by {error:.3g}, {room:.3g} is allowed"
         return max(errors, default=0.0), max(allowed, default=0.0), ""
+
+
+@contextlib.contextmanager
+def _backends() -> Iterator[set[str]]:
+    """The backends that calls inside the block go to."""
+    chosen: set[str] = set()
+    choose = registry.choose
+
+    def noting(*args: Any, **options: Any) -> str:
+        chosen.add(name := choose(*args, **options))
+        return name
+
+    with mock.patch.object(registry, "choose", noting), warnings.catch_warnings():
+        warnings.simplefilter("ignore", registry.FallbackWarning)  # the row says it
+        yield chosen
 
 
 def _double(tree: Any) -> Any:

@@ -36,6 +36,10 @@ def ratio(value: float) -> str:
     return f"{value:.0f}x" if value >= 100 else f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"
 
 
+def label(row: Row) -> str:
+    return f"{row.implementation} ({row.backend})" if row.ours and row.backend else row.implementation
+
+
 def grouped(rows: Iterable[Row]) -> dict[Key, list[Row]]:
     """Rows by case, ours first, then from fast to slow, then those without a time."""
     groups: dict[Key, list[Row]] = {}
@@ -65,7 +69,7 @@ def print_case(console: Console, key: Key, rows: list[Row]) -> None:
     console.print(Text.assemble("\n", (f"{op} ", "bold"), (case, "bold cyan"), f"  {shape}  {dtype}"))
     on_device = any(row.host is not None for row in rows)
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-    table.add_column("", min_width=18)
+    table.add_column("", min_width=15)
     for heading in ("median", "p20-p80", *(("host",) if on_device else ()), "n", "error", "of bound", "x eager"):
         table.add_column(heading, justify="right", no_wrap=True)
     notes = []
@@ -81,16 +85,16 @@ def print_case(console: Console, key: Key, rows: list[Row]) -> None:
         cells += [duration(row.host)] if on_device else []
         cells += [str(row.n), error, of_bound, f"{against} loses" if lost and row.ours else against]
         style = ("red" if lost else "green") if row.ours else ""
-        table.add_row(Text(row.implementation, style=style), *cells[:-1], Text(cells[-1], style="red" if lost else ""))
+        table.add_row(Text(label(row), style=style), *cells[:-1], Text(cells[-1], style="red" if lost else ""))
     console.print(table)
     best = min((r for r in rows if not r.ours and r.median is not None), key=lambda r: r.median or 0.0, default=None)
-    for row in rows:
-        if row.lead is not None and best is not None and best.implementation != "eager":
-            verb = "leads" if row.lead >= 1 else "loses to"
-            against = f"the best of the others, {best.implementation}"
-            notes.insert(0, f"{row.implementation} {verb} {against}: {ratio(row.lead)}")
+    ours = max((r for r in rows if r.lead is not None), key=lambda r: r.lead or 0.0, default=None)
+    if ours is not None and ours.lead is not None and best is not None and best.implementation != "eager":
+        verb = "leads" if ours.lead >= 1 else "loses to"
+        against = f"the best of the others, {best.implementation}"
+        notes.insert(0, f"{ours.implementation} {verb} {against}: {ratio(ours.lead)}")
     if any(row.cache_resident for row in rows):
-        notes.append("cache-resident: the arguments of all sets together stay in the last-level cache")
+        notes.append("cache-resident: all sets of arguments together fit the last-level cache")
     for note in notes:
         console.print(Text(f"  {note}", style="dim"), soft_wrap=False)
     console.print(Text(f"  {rows[0].command}", style="dim"))
@@ -134,12 +138,13 @@ def save_plot(path: pathlib.Path, about: dict[str, Any], rows: list[Row]) -> Non
             )
             bound.barh(y, row.of_bound or 0.0, height=0.78, color=color)
             share = row.of_bound or 0.0
+            text = "under 1%" if share < 5e-3 else f"{share:.0%} of {row.bound}"
             bound.annotate(
-                f"{share:.0%} of {row.bound}" if share >= 5e-3 else "under 1%", (min(share, 1.2), y),
+                "in cache" if row.of_bound is None else text, (min(share, 1.2), y),
                 xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5, color="#222",
             )
             ticks.append(y)
-            labels.append(row.implementation)
+            labels.append(label(row))
             y += 1
         y += 0.55
     for at, title, detail in headings:

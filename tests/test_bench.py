@@ -4,6 +4,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -174,7 +176,9 @@ def test_the_command_writes_a_table_json_and_a_plot(tmp_path: Path, capsys: pyte
     assert about["versions"]["torch"]
     assert about["commit"]
     assert rates["read"] > 0
-    assert {row.implementation for row in rows} == {"onepass", "eager"}
+    assert {row.implementation: row.backend for row in rows} == {
+        "onepass": "reference" if _native.error else "cpu", "eager": ""
+    }
     assert (tmp_path / "bench.png").stat().st_size > 10_000
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bench.json", "bench.png"]
     json.loads((tmp_path / "bench.json").read_text())
@@ -203,3 +207,36 @@ def test_every_case_is_well_formed() -> None:
 def test_listing_allocates_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list", "--device", "cpu"]) == 0
     assert "z_kl_b64_fp32" in capsys.readouterr().out
+
+
+def gpu_check(*arguments: str) -> subprocess.CompletedProcess[str]:
+    script = Path(__file__).parent.parent / "benches" / "gpu_check.py"
+    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_gpu_check_without_a_gpu_says_so_in_one_line(tmp_path: Path) -> None:
+    done = gpu_check("--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert done.stdout.count("\n") == 1
+    assert "sees no GPU" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_gpu_check_rehearsed_on_the_cpu_goes_on_after_a_failure(tmp_path: Path) -> None:
+    few = "rng --only normal_1m_fp32 --quick --no-plot --seconds 0.001"
+    skipped = ("--skip", "build", "--skip", "info", "--skip", "tests")
+    done = gpu_check("--device", "cpu", "--out", str(tmp_path), *skipped, "--bench-arguments", few)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert found["rates"]["copy"] > 0
+    assert found["rows"]
+
+    done = gpu_check(
+        "--device", "cpu", "--out", str(tmp_path), "--skip", "tests", "--minutes", "0.001", "--bench-arguments", few
+    )
+    assert done.returncode == 1
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert {step["name"]: step["status"] for step in found["steps"]}["build"] == "timed out"
+    assert "rows" not in found  # nothing of the first run
+    assert done.stdout.splitlines()[-1].startswith("gpu-check: ")
