@@ -216,15 +216,17 @@ def test_operands_whose_coefficient_is_zero_are_not_read(backend):
     half = state.clone()
     half[:, 0] = math.nan
     assert run(7, state=half).isfinite().all()
-    kept = poisoned.clone()
     assert run(3, state=(mine := torch.stack((state[:, 0], nan), 1))).isfinite().all()
     assert mine[:, 0].isfinite().all()
     assert mine[:, 1].isnan().all()
-    assert kept.isnan().all()
     for kind in (torch.bool, torch.float32):
         mask = torch.ones(2, 3, 33, dtype=kind)
         assert torch.equal(run(0, mask=mask, known=nan), run(0))
         assert torch.equal(run(0, sample=nan, mask=~mask if kind == torch.bool else 0 * mask, known=known), known)
+    kept = torch.zeros(2, 1, 3, 33)                                             # p is 0: only prev is lost with x
+    plan = plan_of(Row(x=0.5, q=1.0, slot=0, history=(0.0,)))
+    denoise_step(nan, u, plan, 0, state=kept, backend=backend)
+    assert torch.equal(kept[:, 0], u)
     assert run(1, sample=nan).isnan().all()                                     # but what is read is not hidden
     clamped = plan_of(Row(u=1.0, p=1.0, limit=0.5))
     assert denoise_step(nan, u, clamped, 0, backend=backend).isnan().all()
@@ -233,10 +235,11 @@ def test_operands_whose_coefficient_is_zero_are_not_read(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [
+    (3, 4, 41, 53), (3, 1, 41, 53), (1, 1, 41, 53), (41, 53), (4, 41, 1),       # a row is several tiles
     (3, 4, 10, 13), (3, 1, 10, 13), (1, 1, 10, 13), (10, 13), (4, 1, 1), (3, 1, 1, 1), (1, 13), (4, 1, 13), (),
 ])
 def test_masks_broadcast(shape, kind, backend):
-    x, m, _, _, known, _, _ = inputs((3, 4, 10, 13))
+    x, m, _, _, known, _, _ = inputs((3, 4, 41, 53) if 41 in shape else (3, 4, 10, 13))
     mask = (torch.rand(shape) * 2 - 0.5).clamp(0, 1)
     mask = (mask > 0.5) if kind == torch.bool else mask.to(kind)
     plan = plans.flow_match_euler(4)
