@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -13,6 +14,7 @@
 #include "onepass/denoise.h"
 #include "onepass/reparam.h"
 #include "onepass/rng.h"
+#include "onepass/volrend.h"
 #ifdef ONEPASS_WITH_CUDA
 #include "onepass/cuda.h"
 #endif
@@ -84,11 +86,12 @@ struct Kernels {
   ReparamKernels reparam;
   DenoiseKernels denoise;
   BandwidthKernels bandwidth;
+  CompositeKernels composite;
 };
 
 Kernels load(Isa isa) {
 #define ONEPASS_LOAD(name) \
-  if (isa == Isa::name) return {isa, name::rng, name::reparam, name::denoise, name::bandwidth};
+  if (isa == Isa::name) return {isa, name::rng, name::reparam, name::denoise, name::bandwidth, name::composite};
   ONEPASS_FOR_EACH_ISA(ONEPASS_LOAD)
 #undef ONEPASS_LOAD
   throw std::logic_error("no such instruction set");
@@ -198,6 +201,59 @@ void bind_bandwidth(py::module_& m) {
 #else
 #define ONEPASS_COMPILER "gcc " __VERSION__
 #endif
+
+// (pointer or 0, elements from a ray to the next, dtype)
+using SamplesArgument = std::tuple<Pointer, int64_t, int>;
+
+Samples samples(const SamplesArgument& a) {
+  return {at<const void>(std::get<0>(a)), std::get<1>(a), static_cast<DType>(std::get<2>(a))};
+}
+
+// The samples of the longest ray, or -1 where offsets do not ascend from 0 to `total`.
+int64_t longest_ray(const int64_t* offsets, int64_t n_rays, int64_t total) {
+  int64_t longest = 0;
+  if (offsets[0] != 0 || offsets[n_rays] != total) return -1;
+  for (int64_t r = 0; r < n_rays; ++r) {
+    if (offsets[r + 1] < offsets[r] || offsets[r + 1] > total) return -1;
+    longest = std::max(longest, offsets[r + 1] - offsets[r]);
+  }
+  return longest;
+}
+
+void bind_volrend(py::module_& m) {
+  m.def("composite_scratch", composite_scratch);
+  m.def("longest_ray", [](Pointer offsets, int64_t n_rays, int64_t total) {
+    return longest_ray(at<const int64_t>(offsets), n_rays, total);
+  });
+  py::class_<Composite>(m, "Composite")
+      .def(py::init([](int64_t n_rays, int64_t n_samples, int64_t n_channels, Pointer ray_offsets,
+                       const SamplesArgument& sigmas, const SamplesArgument& alphas, const SamplesArgument& features,
+                       const SamplesArgument& t_starts, const SamplesArgument& t_ends, Pointer background,
+                       int64_t background_step, Pointer prefix_trans, float early_stop_eps, int depth,
+                       int num_threads, int tasks, Pointer scratch) {
+        return Composite{n_rays, n_samples, n_channels, at<const int64_t>(ray_offsets), samples(sigmas),
+                         samples(alphas), samples(features), samples(t_starts), samples(t_ends),
+                         at<const float>(background), background_step, at<const float>(prefix_trans), early_stop_eps,
+                         static_cast<Depth>(depth), num_threads, tasks, at<float>(scratch)};
+      }));
+  m.def("composite_forward", [](const Composite& p, Pointer features, Pointer depth, Pointer opacity, Pointer weights,
+                                Pointer distortion) {
+    py::gil_scoped_release nogil;
+    kernels.composite.forward(p, {at<void>(features), at<void>(depth), at<void>(opacity), at<void>(weights),
+                                  at<void>(distortion)});
+  });
+  m.def("composite_backward", [](const Composite& p, Pointer grad_features, Pointer grad_depth, Pointer grad_opacity,
+                                 Pointer grad_distortion, const SamplesArgument& grad_weights, Pointer sigmas,
+                                 Pointer features, Pointer t_starts, Pointer t_ends, Pointer alphas,
+                                 Pointer background, Pointer prefix_trans, Pointer left) {
+    const CompositeGradIn in{at<const float>(grad_features), at<const float>(grad_depth),
+                             at<const float>(grad_opacity), at<const float>(grad_distortion), samples(grad_weights)};
+    py::gil_scoped_release nogil;
+    kernels.composite.backward(p, in, {at<void>(sigmas), at<void>(features), at<void>(t_starts), at<void>(t_ends),
+                                       at<void>(alphas), at<float>(background), at<float>(prefix_trans),
+                                       at<float>(left)});
+  });
+}
 
 }  // namespace
 

@@ -37,3 +37,24 @@ def denoise_step(
 
 def read_bytes(source: int, bytes: int, num_threads: int, /) -> int: ...
 def copy_bytes(source: int, target: int, bytes: int, num_threads: int, /) -> None: ...
+
+_Samples = tuple[int, int, int]     # pointer, elements from one ray to the next, dtype
+
+def composite_scratch(longest: int, /) -> int: ...
+def longest_ray(offsets: int, n_rays: int, total: int, /) -> int: ...
+
+class Composite:
+    def __init__(
+        self, n_rays: int, n_samples: int, n_channels: int, ray_offsets: int, sigmas: _Samples, alphas: _Samples,
+        features: _Samples, t_starts: _Samples, t_ends: _Samples, background: int, background_step: int,
+        prefix_trans: int, early_stop_eps: float, depth: int, num_threads: int, tasks: int, scratch: int, /,
+    ) -> None: ...
+
+def composite_forward(
+    call: Composite, features: int, depth: int, opacity: int, weights: int, distortion: int, /
+) -> None: ...
+def composite_backward(
+    call: Composite, grad_features: int, grad_depth: int, grad_opacity: int, grad_distortion: int,
+    grad_weights: _Samples, sigmas: int, features: int, t_starts: int, t_ends: int, alphas: int, background: int,
+    prefix_trans: int, left: int, /,
+) -> None: ...

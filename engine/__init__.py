@@ -8,6 +8,7 @@ from .denoise import denoise_step
 from .plans import DenoisePlan
 from .registry import FallbackWarning, use_backend
 from .reparam import reparameterize, reparameterize_kl
+from .volrend import Rendering, composite
 
 try:
     __version__ = _version("onepass")
@@ -17,9 +18,11 @@ except _NotFound:       # a source tree on the path, not installed
 __all__ = [
     "DenoisePlan",
     "FallbackWarning",
+    "Rendering",
     "__version__",
     "attention",
     "attention_with_kvcache",
+    "composite",
     "denoise_step",
     "merge_attention",
     "plans",

@@ -53,3 +53,11 @@ def denoise_cpu(sample: Tensor, model_output: Tensor, *args: Any) -> str | None:
     if sample.dtype not in (torch.float32, model_output.dtype):
         return f"model_output is {model_output.dtype} with a {sample.dtype} sample"
     return None
+
+
+def composite_cpu(*args: Any) -> str | None:
+    """Host tensors, each of a dtype that the kernels know: they may differ, times are often float32."""
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    if why := native_cpu(*tensors):
+        return why
+    return next((why for x in tensors if x.dtype != torch.int64 and (why := cpu_dtype(x.dtype))), None)

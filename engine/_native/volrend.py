@@ -1,0 +1,121 @@
+"""Compositing along rays on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reference.volrend import DEPTHS, offsets_error
+from . import _C, DTYPES, pointer
+
+_ABSENT = (0, 0, 0)
+_TASK = 4096  # samples that are worth a thread of their own
+
+_Samples = tuple[int, int, int]
+
+
+class _Call:
+    """The kernel's description of a call, and the tensors that it points into."""
+
+    def __init__(
+        self, sigmas: Tensor | None, features: Tensor, t_starts: Tensor, t_ends: Tensor, alphas: Tensor | None,
+        ray_offsets: Tensor | None, background: Tensor | None, prefix_trans: Tensor | None, early_stop_eps: float,
+        depth: str,
+    ) -> None:
+        self.held: list[Tensor] = []
+        density = alphas if sigmas is None else sigmas
+        assert density is not None
+        self.density, self.packed = density, ray_offsets is not None
+        if ray_offsets is None:
+            self.n_rays, longest = density.shape
+        else:
+            self.n_rays = ray_offsets.shape[0] - 1
+            offsets = self.keep(ray_offsets.contiguous())
+            longest = _C.longest_ray(offsets.data_ptr(), self.n_rays, density.shape[0])
+            if longest < 0:
+                raise ValueError(offsets_error(ray_offsets, density.shape[0]))
+        threads = torch.get_num_threads()
+        tasks = max(1, min(threads, density.numel() // _TASK))
+        scratch = self.keep(torch.empty(tasks * _C.composite_scratch(longest), dtype=torch.float32))
+        back = None if background is None else self.keep(background.float().contiguous())
+        prefix = None if prefix_trans is None else self.keep(prefix_trans.float().contiguous())
+        self.described = _C.Composite(
+            self.n_rays, longest, features.shape[-1], pointer(offsets) if self.packed else 0,
+            self.samples(sigmas), self.samples(alphas), self.samples(features), self.samples(t_starts),
+            self.samples(t_ends), pointer(back), 0 if back is None or back.dim() == 1 else back.shape[1],
+            pointer(prefix), early_stop_eps, DEPTHS.index(depth), threads, tasks, scratch.data_ptr(),
+        )
+
+    def keep(self, x: Tensor) -> Tensor:
+        self.held.append(x)
+        return x
+
+    def samples(self, x: Tensor | None) -> _Samples:
+        """A tensor of samples, copied unless it has unit stride inside a ray."""
+        if x is None:
+            return _ABSENT
+        if not (x.is_contiguous() or (not self.packed and x.shape[0] and x[0].is_contiguous())):
+            x = x.contiguous()
+        self.keep(x)
+        return x.data_ptr(), x.stride(0), DTYPES[x.dtype]
+
+    def by_ray(self, grad: Tensor | None) -> int:
+        return 0 if grad is None else self.keep(grad.float().contiguous()).data_ptr()
+
+
+def forward(
+    sigmas: Tensor | None, features: Tensor, t_starts: Tensor, t_ends: Tensor, alphas: Tensor | None,
+    ray_offsets: Tensor | None, background: Tensor | None, prefix_trans: Tensor | None, early_stop_eps: float,
+    depth: str, return_weights: bool, distortion: bool, out: tuple[Tensor | None, ...] | None = None,
+) -> tuple[Tensor, ...]:
+    call = _Call(
+        sigmas, features, t_starts, t_ends, alphas, ray_offsets, background, prefix_trans, early_stop_eps, depth
+    )
+    n_rays, density = call.n_rays, call.density
+    given = (None,) * 5 if out is None else out
+    results = [
+        x if x is not None and x.is_contiguous() else torch.empty(shape, dtype=dtype)
+        for x, shape, dtype in zip(
+            given,
+            (
+                (n_rays, features.shape[-1]), n_rays, n_rays, density.shape if return_weights else 0,
+                n_rays if distortion else 0,
+            ),
+            (features.dtype, t_starts.dtype, density.dtype, density.dtype, t_starts.dtype),
+            strict=True,
+        )
+    ]
+    wanted = (True, True, True, return_weights, distortion)
+    if n_rays:
+        _C.composite_forward(call.described, *(x.data_ptr() if want else 0 for x, want in zip(results, wanted, strict=True)))
+    return tuple(r if x is None or x is r else x.copy_(r) for r, x in zip(results, given, strict=True))
+
+
+def backward(
+    grad_features: Tensor | None, grad_depth: Tensor | None, grad_opacity: Tensor | None, grad_weights: Tensor | None,
+    grad_distortion: Tensor | None, sigmas: Tensor | None, features: Tensor, t_starts: Tensor, t_ends: Tensor,
+    alphas: Tensor | None, ray_offsets: Tensor | None, background: Tensor | None, prefix_trans: Tensor | None,
+    early_stop_eps: float, depth: str, needs: list[bool], out: None = None,
+) -> tuple[Tensor, ...]:
+    call = _Call(
+        sigmas, features, t_starts, t_ends, alphas, ray_offsets, background, prefix_trans, early_stop_eps, depth
+    )
+    inputs = (sigmas, features, t_starts, t_ends, alphas, background, prefix_trans)
+    grads: list[Tensor] = []
+    pointers = []
+    for i, (x, need) in enumerate(zip(inputs, needs, strict=True)):
+        wanted = x is not None and need
+        dtype = torch.float32 if x is None or i >= 5 else x.dtype  # one value a ray or channel: rounded at the end
+        grads.append(torch.zeros(x.shape, dtype=dtype) if wanted and i >= 5 else  # type: ignore[union-attr]
+                     torch.empty(x.shape if wanted else 0, dtype=dtype))  # type: ignore[union-attr]
+        pointers.append(grads[-1].data_ptr() if wanted else 0)
+    left = torch.empty(call.n_rays)
+    if call.n_rays:
+        _C.composite_backward(
+            call.described, *map(call.by_ray, (grad_features, grad_depth, grad_opacity, grad_distortion)),
+            call.samples(grad_weights), *pointers, left.data_ptr(),
+        )
+    for i in (5, 6):
+        if pointers[i]:
+            grads[i] = grads[i].to(inputs[i].dtype)  # type: ignore[union-attr]
+    return tuple(grads)
