@@ -273,4 +273,5 @@ PYBIND11_MODULE(_C, m) {
   bind_reparam(m);
   bind_denoise(m);
   bind_bandwidth(m);
+  bind_volrend(m);
 }
