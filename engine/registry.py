@@ -50,6 +50,7 @@ _SCORES = "bool causal, SymInt window_left, SymInt window_right, float softcap, 
 _CLOSED_FORM = "the closed form of the reference, in PyTorch"
 _HALF_AND_SINGLE = "float32, bfloat16, float16"
 
+_RAY_TYPES = f"{_HALF_AND_SINGLE}; views of rays"
 _RAYS = (
     "Tensor? sigmas, Tensor features, Tensor t_starts, Tensor t_ends, Tensor? alphas, Tensor? ray_offsets, "
     "Tensor? background, Tensor? prefix_trans, float early_stop_eps, str depth"
@@ -165,7 +166,7 @@ _TABLE = [
         "-> (Tensor features, Tensor depth, Tensor opacity, Tensor weights, Tensor distortion)",
         "composite",
         {
-            "cpu": Impl("onepass._native.volrend:forward", supports.composite_cpu, f"{_HALF_AND_SINGLE}; views of rays"),
+            "cpu": Impl("onepass._native.volrend:forward", supports.composite_cpu, _RAY_TYPES),
             "reference": _reference("volrend:composite"),
         },
     ),
@@ -173,11 +174,11 @@ _TABLE = [
         "composite_backward",
         "(Tensor? grad_features, Tensor? grad_depth, Tensor? grad_opacity, Tensor? grad_weights, "
         f"Tensor? grad_distortion, {_RAYS}, bool[] needs, *, str? backend=None) -> (Tensor grad_sigmas, "
-        "Tensor grad_features_in, Tensor grad_t_starts, Tensor grad_t_ends, Tensor grad_alphas, Tensor grad_background, "
-        "Tensor grad_prefix_trans)",
+        "Tensor grad_features_in, Tensor grad_t_starts, Tensor grad_t_ends, Tensor grad_alphas, "
+        "Tensor grad_background, Tensor grad_prefix_trans)",
         "the gradient of composite",
         {
-            "cpu": Impl("onepass._native.volrend:backward", supports.composite_cpu, f"{_HALF_AND_SINGLE}; views of rays"),
+            "cpu": Impl("onepass._native.volrend:backward", supports.composite_cpu, _RAY_TYPES),
             "reference": _reference("volrend:composite_backward"),
         },
     ),

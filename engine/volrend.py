@@ -41,7 +41,7 @@ def composite(
 ) -> Rendering:
     """Composites the samples of every ray, front to back (N. Max, 1995; the distortion is that of Mip-NeRF 360).
 
-    alpha_i = 1 - exp(-sigma_i (t_ends_i - t_starts_i)), T_1 = prefix_trans, T_{i+1} = T_i (1 - alpha_i), w_i = T_i alpha_i.
+    alpha_i = 1 - exp(-sigma_i (t_ends_i - t_starts_i)), T_1 = prefix_trans, w_i = T_i alpha_i, T_{i+1} = T_i - w_i.
     features = sum w_i c_i + T_end background; opacity = sum w_i; m_i is the middle of a sample. Sample i counts if and
     only if T_i >= early_stop_eps. T_end is the light that is left: prefix_trans - opacity, so 1 - opacity without one.
 
@@ -72,7 +72,9 @@ def composite(
             f"{(*density.shape, 'N')}".replace("'", "")
         )
     if t_starts.shape != density.shape:
-        raise ValueError(f"t_starts has shape {tuple(t_starts.shape)}, expected that of {name}, {tuple(density.shape)}")
+        raise ValueError(
+            f"t_starts has shape {tuple(t_starts.shape)}, expected that of {name}, {tuple(density.shape)}"
+        )
     check.is_like("t_ends", t_ends, "t_starts", t_starts)
     channels = features.shape[-1]
     if background is not None:
@@ -99,7 +101,8 @@ def composite(
         _check_out(out, wanted, shapes, dtypes, density.device)
     results = call(
         "composite", sigmas, features, t_starts, t_ends, alphas, ray_offsets, background, prefix_trans,
-        float(early_stop_eps), depth, return_weights, distortion, backend=backend, out=None if out is None else tuple(out),
+        float(early_stop_eps), depth, return_weights, distortion, backend=backend,
+        out=None if out is None else tuple(out),
     )
     return Rendering(*results[:3], *(x if want else None for x, want in zip(results[3:], wanted[3:], strict=True)))
 
@@ -108,7 +111,8 @@ def _check_samples(name: str, density: Tensor, ray_offsets: Tensor | None) -> in
     """The number of rays."""
     if ray_offsets is None:
         if density.dim() != 2:
-            raise ValueError(f"{name} has shape {tuple(density.shape)}, expected (n_rays, n_samples) without ray_offsets")
+            got = tuple(density.shape)
+            raise ValueError(f"{name} has shape {got}, expected (n_rays, n_samples) without ray_offsets")
         return density.shape[0]
     if density.dim() != 1:
         raise ValueError(f"{name} has shape {tuple(density.shape)}, expected (total,) with ray_offsets")

@@ -3,16 +3,17 @@
 import itertools
 import math
 
-import cases
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import ISAS, assert_as_good_as_torch, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import onepass
 from onepass.reference import volrend as reference
+
+import cases
+from helpers import ISAS, assert_as_good_as_torch, run_python
 
 BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not ISAS, reason="no native extension"))]
 needs_native = pytest.mark.skipif(not ISAS, reason="no native extension")
@@ -289,8 +290,7 @@ def test_nothing_to_composite(shape, depth, backend):
 def test_poison_behind_the_stop_reaches_nothing(backend, alphas, channels):
     clean = scene(5, 50, channels, torch.float32, alphas=alphas)
     clean[0] = clean[0] / 4
-    live = onepass.composite(None, *clean[1:], alphas=clean[0] if alphas else 1 - torch.exp(-clean[0] * (clean[3] - clean[2])),
-                             early_stop_eps=0.05, return_weights=True, backend="reference").weights > 0
+    live = render(*clean, alphas=alphas, early_stop_eps=0.05, return_weights=True, backend="reference").weights > 0
     dead = ~live.cumsum(1).gt(0) | (live.flip(1).cumsum(1).flip(1) == 0)
     assert dead.any(1).all()
     poisoned = [torch.where(dead if x.dim() == 2 else dead[..., None], NAN, x) for x in clean]
@@ -388,8 +388,9 @@ for channels in (1, 2, 3, 4, 6, 9, 37, 70):
             out = onepass.composite(*inputs, early_stop_eps=0.01, background=torch.ones(channels), return_weights=True,
                                     distortion=True, depth="normalized", backend=backend)
             found.append((*out, *torch.autograd.grad(sum(x.float().sum() for x in out), inputs)))
+        tolerance = {{"atol": 2e-5, "rtol": 2e-5}} if dtype == torch.float32 else {{"atol": 2e-3, "rtol": 2e-2}}
         for a, b in zip(*found):
-            torch.testing.assert_close(a, b, atol=2e-3 if dtype != torch.float32 else 2e-5, rtol=2e-2 if dtype != torch.float32 else 2e-5)
+            torch.testing.assert_close(a, b, **tolerance)
 print("ok")
 """
 

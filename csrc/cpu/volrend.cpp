@@ -439,16 +439,12 @@ float far_to_near(const Ray& ray, const Scratch& s, int64_t live, const Behind& 
   return ladder[0];
 }
 
-// The gradient of a background that all rays share: in fixed runs of rays, then over the runs, whoever adds.
+// The gradient of a background that all rays share, added up in the order of the rays by one thread.
 void sum_background(const Composite& p, const float* grad, const float* left, float* out) {
-  constexpr int64_t RUN = 1024;
   for (int64_t k = 0; k < p.n_channels; ++k) {
     double total = 0;
-    for (int64_t begin = 0; begin < p.n_rays; begin += RUN) {
-      float part = 0;
-      for (int64_t r = begin; r < p.n_rays && r < begin + RUN; ++r) part += left[r] * grad[r * p.n_channels + k];
-      total += static_cast<double>(part);
-    }
+    for (int64_t r = 0; r < p.n_rays; ++r)
+      total += static_cast<double>(left[r]) * static_cast<double>(grad[r * p.n_channels + k]);
     out[k] = static_cast<float>(total);
   }
 }

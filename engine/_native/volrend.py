@@ -87,7 +87,8 @@ def forward(
     ]
     wanted = (True, True, True, return_weights, distortion)
     if n_rays:
-        _C.composite_forward(call.described, *(x.data_ptr() if want else 0 for x, want in zip(results, wanted, strict=True)))
+        pointers = [x.data_ptr() if want else 0 for x, want in zip(results, wanted, strict=True)]
+        _C.composite_forward(call.described, *pointers)
     return tuple(r if x is None or x is r else x.copy_(r) for r, x in zip(results, given, strict=True))
 
 

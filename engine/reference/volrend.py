@@ -1,6 +1,6 @@
 """Emission-absorption compositing in plain PyTorch: the definition that every backend is held to.
 
-Along a ray, with T_1 = prefix_trans (1 without one), delta_i = t_ends_i - t_starts_i, m_i = (t_starts_i + t_ends_i) / 2:
+With T_1 = prefix_trans (1 without one), delta_i = t_ends_i - t_starts_i and m_i = (t_starts_i + t_ends_i) / 2:
 
     alpha_i = 1 - exp(-sigma_i delta_i)      w_i = T_i alpha_i      T_{i+1} = T_i (1 - alpha_i)
     C = sum w_i c_i + T_end background       O = sum w_i            D = sum w_i m_i
@@ -140,7 +140,9 @@ def composite_backward(
         on_mids = on_mids + on_spread * 2 * weights * (in_front - at_back)
         on_deltas = on_deltas + on_spread * weights.square() / 3
 
-    left_over = (on_color * background.to(weights.dtype)).sum(-1) if background is not None else weights.new_zeros(n_rays)
+    left_over = weights.new_zeros(n_rays)
+    if background is not None:
+        left_over = (on_color * background.to(weights.dtype)).sum(-1)
     ladder = _far_to_near(rays.alphas * on_weights, rays.keeps, left_over)
     gain = on_weights - ladder[:, 1:]
     on_tau = rays.trans[:, 1:] * gain
@@ -181,7 +183,7 @@ def offsets_error(ray_offsets: Tensor, total: int) -> str | None:
 
 
 def _march(sigmas, features, t_starts, t_ends, alphas, ray_offsets, prefix_trans, early_stop_eps) -> _March:
-    if ray_offsets is not None and ray_offsets.device.type == "cpu" and (why := offsets_error(ray_offsets, t_starts.shape[0])):
+    if ray_offsets is not None and ray_offsets.is_cpu and (why := offsets_error(ray_offsets, t_starts.shape[0])):
         raise ValueError(why)
     given = [x for x in (sigmas, features, t_starts, t_ends, alphas, prefix_trans) if x is not None]
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
