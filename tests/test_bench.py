@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from onepass import _native
-from onepass.benches import cli, harness, machine, main, report, timing
+from onepass.benches import cli, harness, machine, main, performance, report, timing
 
 CPU = torch.device("cpu")
 RATES = machine.Rates(read=30e9, copy=20e9, matmul={"float32": 100e9, "bfloat16": 200e9}, winners={})
@@ -240,3 +240,10 @@ def test_gpu_check_rehearsed_on_the_cpu_goes_on_after_a_failure(tmp_path: Path) 
     assert {step["name"]: step["status"] for step in found["steps"]}["build"] == "timed out"
     assert "rows" not in found  # nothing of the first run
     assert done.stdout.splitlines()[-1].startswith("gpu-check: ")
+
+
+def test_the_performance_page_is_made_from_the_results(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    committed = performance.page(root / "benches" / "results")
+    assert (root / "docs" / "performance.md").read_text() == committed, "python -m onepass.benches.performance"
+    assert "Unmeasured" in performance.page(tmp_path)
