@@ -37,7 +37,8 @@ def ratio(value: float) -> str:
 
 
 def label(row: Row) -> str:
-    return f"{row.implementation} ({row.backend})" if row.ours and row.backend else row.implementation
+    """The name, with the backend that took the call where the name does not say it."""
+    return f"{row.implementation} ({row.backend})" if row.implementation == "onepass" else row.implementation
 
 
 def grouped(rows: Iterable[Row]) -> dict[Key, list[Row]]:
@@ -93,6 +94,8 @@ def print_case(console: Console, key: Key, rows: list[Row]) -> None:
         verb = "leads" if ours.lead >= 1 else "loses to"
         against = f"the best of the others, {best.implementation}"
         notes.insert(0, f"{ours.implementation} {verb} {against}: {ratio(ours.lead)}")
+    if any(row.ours and row.backend == "reference" for row in rows):
+        notes.append("no kernel takes this call on this device: onepass runs on its reference")
     if any(row.cache_resident for row in rows):
         notes.append("cache-resident: all sets of arguments together fit the last-level cache")
     for note in notes:
