@@ -140,7 +140,8 @@ def commit() -> str:
 def measure(device: torch.device, dtypes: Iterable[torch.dtype], *, quick: bool = False) -> Rates:
     """The ceilings, in a few seconds; `quick` makes fewer passes and smaller CPU matrices."""
     passes = 3 if quick else 9
-    read, copy = (_fastest_bandwidth(loops, passes) for loops in _loops(device))
+    # Many, since one pass is a few milliseconds: on a busy machine most of them are disturbed.
+    read, copy = (_fastest_bandwidth(loops, 5 * passes) for loops in _loops(device))
     side = 8192 if device.type == "cuda" else (1024 if quick else 2048)
     matmul = {}
     for dtype in sorted({torch.float32, *dtypes}, key=str):

@@ -1,6 +1,6 @@
-"""docs/performance.md from benches/results/*.json: `python -m onepass.benches.performance [FOLDER] > docs/performance.md`.
+"""Prints docs/performance.md, made from benches/results/*.json: `python -m onepass.benches.performance [FOLDER]`.
 
-A figure is in the page if and only if it is in a result file. A file is `onepass bench`'s bench.json under a better name.
+A figure is in the page if and only if it is in a result file; such a file is the bench.json of `onepass bench`, renamed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from .report import duration, grouped, label, load_json, rate, ratio
 RESULTS = pathlib.Path(__file__).parent / "results"
 HEAD = """# Performance
 
-Made by `python -m onepass.benches.performance` from `benches/results/`: do not edit. [benchmarks.md](benchmarks.md) says
-how rows are measured and what the columns mean. Medians of one run; ratios inside a case mean more than times.
+Made by `python -m onepass.benches.performance` from `benches/results/`: do not edit. How rows are measured and what the
+columns mean is in [benchmarks.md](benchmarks.md). Medians of one run; ratios inside a case mean more than times.
 """
 
 
@@ -29,7 +29,7 @@ def page(folder: pathlib.Path = RESULTS) -> str:
         parts.append(f"## {title}\n")
         parts += [_machine(*result) for result in mine]
         if not mine:
-            parts.append("Unmeasured: no kernel of onepass and no baseline has been timed on a GPU yet.\n")
+            parts.append(f"Unmeasured: neither onepass nor a baseline has been timed on a {title} yet.\n")
     return "\n".join(parts)
 
 
@@ -42,7 +42,7 @@ def _machine(about: dict[str, Any], rates: dict[str, Any], rows: list[Row]) -> s
         "",
         f"{about['isa']}; {versions}; commit {about['commit']}.",
         f"Measured rates: read {rate(rates['read'], 'B/s')}, copy {rate(rates['copy'], 'B/s')}, torch.mm {products}."
-        + (f" Other work ran beside it (load {load:.1f})." if load is not None and load > 0.5 else ""),
+        + (f" Other work ran beside it (load {load:.1f}): times are high and spread." if load and load > 0.5 else ""),
         "",
         "| case | shape | dtype | implementation | median | p20 to p80 | n | error | of bound | x eager |",
         "|---|---|---|---|---|---|---|---|---|---|",

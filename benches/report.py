@@ -143,7 +143,7 @@ def save_plot(path: pathlib.Path, about: dict[str, Any], rows: list[Row]) -> Non
             share = row.of_bound or 0.0
             text = "under 1%" if share < 5e-3 else f"{share:.0%} of {row.bound}"
             bound.annotate(
-                "in cache" if row.of_bound is None else text, (min(share, 1.2), y),
+                "in cache" if row.of_bound is None else text, (share, y),
                 xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5, color="#222",
             )
             ticks.append(y)
@@ -164,7 +164,8 @@ def save_plot(path: pathlib.Path, about: dict[str, Any], rows: list[Row]) -> Non
     speed.set_yticks(ticks, labels, fontsize=8)
     speed.set_ylim(y - 0.3, -0.7)
     speed.set_xlabel("speed over eager PyTorch, same run (log scale)")
-    bound.set_xlim(0, 1.45)
+    widest = max([1.0, *(row.of_bound or 0.0 for group in groups.values() for row in group)])
+    bound.set_xlim(0, 1.45 * widest)
     bound.set_xticks([0, 0.25, 0.5, 0.75, 1])
     bound.xaxis.set_major_formatter(PercentFormatter(1.0))
     bound.set_xlabel("share of the measured rate that binds")
