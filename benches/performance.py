@@ -1,6 +1,6 @@
 """Prints docs/performance.md, made from benches/results/*.json: `python -m onepass.benches.performance [FOLDER]`.
 
-A figure is in the page if and only if it is in a result file; such a file is the bench.json of `onepass bench`, renamed.
+A figure is in the page if and only if it is in a result file: the bench.json of an `onepass bench`, renamed.
 """
 
 from __future__ import annotations
