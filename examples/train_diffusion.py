@@ -2,7 +2,7 @@
 
     python examples/train_diffusion.py [--out FOLDER] [--steps N]
 
-About six minutes on two cores. Noise is predicted on DDPM's schedule (Ho et al., 2020); one label in eight is dropped,
+About four minutes on two cores. Noise is predicted on DDPM's schedule (Ho et al., 2020); one label in eight is dropped,
 so that the model also serves classifier-free guidance (Ho and Salimans, 2022).
 """
 from __future__ import annotations

@@ -35,7 +35,7 @@ def corpus() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=checkpoints.FOLDER, help="folder of lm.safetensors")
-    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args()
 
@@ -43,8 +43,11 @@ def main() -> None:
     config = Config()
     text = corpus()
     merges = learn(text, config.vocab)
-    tokens = torch.tensor(Tokenizer(merges).encode(text))
-    print(f"{len(text):,} characters, {len(tokens):,} tokens")
+    tokenizer = Tokenizer(merges)
+    pieces = [tokenizer.encode(part + "\n\n") for part in text.split("\n\n")]
+    tokens = torch.tensor([token for piece in pieces for token in piece])
+    starts = torch.tensor([0] + [len(piece) for piece in pieces[:-1]]).cumsum(0)
+    print(f"{len(text):,} characters, {len(tokens):,} tokens, {len(pieces):,} paragraphs")
 
     model = Transformer(config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
@@ -62,7 +65,8 @@ def main() -> None:
     for step in track(range(args.steps), description="lm"):
         # Long rows now and then, so that late positions are learned too.
         rows, length = (args.batch // 2, config.context) if step % 8 == 7 else (args.batch, config.context // 2)
-        start = torch.randint(len(tokens) - length - 1, (rows, 1))
+        # Rows begin where paragraphs do, as prompts will.
+        start = starts[torch.randint(len(starts), (rows, 1))].clamp_max(len(tokens) - length - 1)
         if len(span) != length + 1:
             span = torch.arange(length + 1)
         window = tokens[start + span]

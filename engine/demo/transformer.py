@@ -15,15 +15,18 @@ from torch.nn import functional as F
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
+_DROPOUT = 0.1  # in training
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
-    vocab: int = 1024
+    vocab: int = 2048
     width: int = 192
     layers: int = 4
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 64
-    hidden: int = 448
+    hidden: int = 384
     context: int = 512
 
 
@@ -41,9 +44,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor:
         qkv = self.qkv(self.norm_attn(x)).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-        x = x + self.out(attend(layer, q, k, v).flatten(2))
+        x = x + F.dropout(self.out(attend(layer, q, k, v).flatten(2)), _DROPOUT, self.training)
         gate, up = self.gate_up(self.norm_mlp(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        return x + F.dropout(self.down(F.silu(gate) * up), _DROPOUT, self.training)
 
 
 class Transformer(nn.Module):

@@ -56,7 +56,9 @@ class Time:
     @classmethod
     def of(cls, samples: Sequence[float]) -> Time:
         """The margin is twice the standard error of a median, with the deviation from the 20th and 80th percentile."""
-        low, *_, high = statistics.quantiles(samples, n=5, method="inclusive") if len(samples) > 1 else (0.0, 0.0)
+        if len(samples) == 1:
+            return cls(samples[0], math.inf)
+        low, *_, high = statistics.quantiles(samples, n=5, method="inclusive")
         return cls(statistics.median(samples), 2 * 1.25 * (high - low) / 1.68 / len(samples) ** 0.5)
 
     def __add__(self, other: Time) -> Time:
