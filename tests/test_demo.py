@@ -24,6 +24,15 @@ CPU = torch.device("cpu")
 RESULTS: dict[str, Result] = {}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """At these sizes threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def quick_result(name: str) -> Result:
     if name not in RESULTS:
         RESULTS[name] = demo.run([name], CPU, demo.rich.console.Console(quiet=True), quick=True)[0]

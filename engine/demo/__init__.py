@@ -28,6 +28,7 @@ WORKLOADS = {
     "lm": "text from a small transformer with a KV cache, greedy and sampled",
     "diffusion": "digits denoised with classifier-free guidance, against diffusers' own schedulers",
     "vae": "digits encoded, drawn and decoded by a variational autoencoder",
+    "nerf": "a radiance field trained on a small scene, then rendered around a turntable",
 }
 
 

@@ -111,12 +111,15 @@ def _points(origins: Tensor, directions: Tensor, edges: Tensor) -> Tensor:
 
 
 def _truth(origins: Tensor, directions: Tensor, samples: int, background: Tensor) -> Tensor:
-    """The scene's own colours [R, 3], by dense quadrature."""
+    """The scene's own colours [R, 3], by dense quadrature; many small steps, which threads would only wait for."""
     colors = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     for o, d in zip(origins.split(1024), directions.split(1024), strict=True):
         edges = _edges(o, d, samples, None)
         density, color = scene.density_and_color(_points(o, d, edges))
         colors.append(stock_composite(density, color, edges[:, :-1], edges[:, 1:], background, False)[0])
+    torch.set_num_threads(threads)
     return torch.cat(colors)
 
 
