@@ -229,29 +229,42 @@ void bind_volrend(py::module_& m) {
       .def(py::init([](int64_t n_rays, int64_t n_samples, int64_t n_channels, Pointer ray_offsets,
                        const SamplesArgument& sigmas, const SamplesArgument& alphas, const SamplesArgument& features,
                        const SamplesArgument& t_starts, const SamplesArgument& t_ends, Pointer background,
-                       int64_t background_step, Pointer prefix_trans, float early_stop_eps, int depth,
-                       int num_threads, int tasks, Pointer scratch) {
-        return Composite{n_rays, n_samples, n_channels, at<const int64_t>(ray_offsets), samples(sigmas),
-                         samples(alphas), samples(features), samples(t_starts), samples(t_ends),
-                         at<const float>(background), background_step, at<const float>(prefix_trans), early_stop_eps,
-                         static_cast<Depth>(depth), num_threads, tasks, at<float>(scratch)};
+                       int64_t background_step, Pointer prefix_trans, float early_stop_eps, int depth, int num_threads,
+                       int tasks, Pointer scratch) {
+        return Composite{n_rays,
+                         n_samples,
+                         n_channels,
+                         at<const int64_t>(ray_offsets),
+                         samples(sigmas),
+                         samples(alphas),
+                         samples(features),
+                         samples(t_starts),
+                         samples(t_ends),
+                         at<const float>(background),
+                         background_step,
+                         at<const float>(prefix_trans),
+                         early_stop_eps,
+                         static_cast<Depth>(depth),
+                         num_threads,
+                         tasks,
+                         at<float>(scratch)};
       }));
-  m.def("composite_forward", [](const Composite& p, Pointer features, Pointer depth, Pointer opacity, Pointer weights,
-                                Pointer distortion) {
-    py::gil_scoped_release nogil;
-    kernels.composite.forward(p, {at<void>(features), at<void>(depth), at<void>(opacity), at<void>(weights),
-                                  at<void>(distortion)});
-  });
+  m.def("composite_forward",
+        [](const Composite& p, Pointer features, Pointer depth, Pointer opacity, Pointer weights, Pointer distortion) {
+          py::gil_scoped_release nogil;
+          kernels.composite.forward(
+              p, {at<void>(features), at<void>(depth), at<void>(opacity), at<void>(weights), at<void>(distortion)});
+        });
   m.def("composite_backward", [](const Composite& p, Pointer grad_features, Pointer grad_depth, Pointer grad_opacity,
                                  Pointer grad_distortion, const SamplesArgument& grad_weights, Pointer sigmas,
-                                 Pointer features, Pointer t_starts, Pointer t_ends, Pointer alphas,
-                                 Pointer background, Pointer prefix_trans, Pointer left) {
-    const CompositeGradIn in{at<const float>(grad_features), at<const float>(grad_depth),
-                             at<const float>(grad_opacity), at<const float>(grad_distortion), samples(grad_weights)};
+                                 Pointer features, Pointer t_starts, Pointer t_ends, Pointer alphas, Pointer background,
+                                 Pointer prefix_trans, Pointer left) {
+    const CompositeGradIn in{at<const float>(grad_features), at<const float>(grad_depth), at<const float>(grad_opacity),
+                             at<const float>(grad_distortion), samples(grad_weights)};
     py::gil_scoped_release nogil;
-    kernels.composite.backward(p, in, {at<void>(sigmas), at<void>(features), at<void>(t_starts), at<void>(t_ends),
-                                       at<void>(alphas), at<float>(background), at<float>(prefix_trans),
-                                       at<float>(left)});
+    kernels.composite.backward(p, in,
+                               {at<void>(sigmas), at<void>(features), at<void>(t_starts), at<void>(t_ends),
+                                at<void>(alphas), at<float>(background), at<float>(prefix_trans), at<float>(left)});
   });
 }
 

@@ -26,7 +26,7 @@ OP_INLINE F32 permute(F32 x, F32 y, I32 from) {
 #endif
 }
 
-OP_INLINE uint32_t lane_bits(I32 mask) {    // bit i is the sign of lane i
+OP_INLINE uint32_t lane_bits(I32 mask) {  // bit i is the sign of lane i
 #if defined(__AVX512F__)
   return _mm512_movepi32_mask((__m512i)mask);
 #elif defined(__AVX2__)
@@ -43,12 +43,8 @@ OP_INLINE F32 first_lane(F32 x) { return permute(x, I32{}); }
 OP_INLINE F32 last_lane(F32 x) { return permute(x, splat_i32(W - 1)); }
 
 // Lanes one up or one down, with the end filled from `edge`.
-OP_INLINE F32 shift_up(F32 x, F32 edge, int by = 1) {
-  return lanes() >= by ? permute(x, lanes() - by) : edge;
-}
-OP_INLINE F32 shift_down(F32 x, F32 edge, int by = 1) {
-  return lanes() < W - by ? permute(x, lanes() + by) : edge;
-}
+OP_INLINE F32 shift_up(F32 x, F32 edge, int by = 1) { return lanes() >= by ? permute(x, lanes() - by) : edge; }
+OP_INLINE F32 shift_down(F32 x, F32 edge, int by = 1) { return lanes() < W - by ? permute(x, lanes() + by) : edge; }
 
 // Inclusive scans. The tree is fixed by the lane, so a ray's result depends on where the ray starts alone.
 OP_INLINE F32 scan_product(F32 x) {

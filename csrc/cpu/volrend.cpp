@@ -7,7 +7,8 @@
 // go to scratch, then colors are summed with the weights: 1 to 4 channels interleaved as they lie (each vector of
 // features meets a permuted vector of weights), more channels a sample at a time. Backward walks forward once to know
 // the transmittance, and then from the far end, where a linear recursion gives what lies behind each sample without
-// dividing by 1 - alpha. All of it starts at the ray's first sample: no other ray, thread count or layout changes a bit.
+// dividing by 1 - alpha. All of it starts at the ray's first sample: no other ray, thread count or layout changes a
+// bit.
 #include "onepass/volrend.h"
 
 #include "lanes.h"
@@ -61,7 +62,7 @@ V* move(V* p, DType dtype, int64_t elements) {
 void put(void* p, DType dtype, int64_t i, float x) { RowOut{p, dtype}.store(i, splat(x), 1); }
 
 struct Ray {
-  int64_t index, first, count;      // first: of its samples among all, as the outputs lie
+  int64_t index, first, count;  // first: of its samples among all, as the outputs lie
   Row sigmas, alphas, t_starts, t_ends, features;
 
   Ray(const Composite& p, int64_t r) : index(r) {
@@ -79,7 +80,7 @@ struct Ray {
   RowOut out(void* data, DType dtype, int64_t width = 1) const { return {move(data, dtype, first * width), dtype}; }
   F32 mids(int64_t i, int n) const { return 0.5f * (t_starts.load(i, n) + t_ends.load(i, n)); }
   F32 deltas(int64_t i, int n) const { return t_ends.load(i, n) - t_starts.load(i, n); }
-  F32 bounded_sigmas(int64_t i, int n) const { return min(splat(LARGEST), sigmas.load(i, n)); }     // NaN stays
+  F32 bounded_sigmas(int64_t i, int n) const { return min(splat(LARGEST), sigmas.load(i, n)); }  // NaN stays
 };
 
 // A task's arrays, one value a sample of the ray in hand, each with room for a vector beyond the end.
@@ -90,7 +91,7 @@ struct Scratch {
     const int64_t size = composite_scratch(p.n_samples), part = size / 6;
     float* base = p.scratch + task * size;
     weights = base;
-    trans = base + part;            // trans[i] in front of sample i, trans[count] behind the last
+    trans = base + part;  // trans[i] in front of sample i, trans[count] behind the last
     alphas = base + 2 * part;
     dots = base + 3 * part;
     reach = base + 4 * part;
@@ -101,8 +102,8 @@ struct Scratch {
 int lanes_left(int64_t i, int64_t end) { return end - i < W ? static_cast<int>(end - i) : W; }
 
 struct March {
-  int64_t live;                     // samples composited
-  float trans, opacity, depth;      // light left behind them, sum w, sum w m
+  int64_t live;                 // samples composited
+  float trans, opacity, depth;  // light left behind them, sum w, sum w m
 };
 
 // Fills weights, trans and alphas up to the first sample in front of which less than early_stop_eps is left.
@@ -115,7 +116,7 @@ March march(const Composite& p, const Ray& ray, const Scratch& s) {
   for (int64_t i = 0; i < ray.count; i += W) {
     const int n = lanes_left(i, ray.count);
     const F32 start = ray.t_starts.load(i, n), end = ray.t_ends.load(i, n);
-    F32 alpha, keep;                // lanes beyond the ray absorb nothing
+    F32 alpha, keep;  // lanes beyond the ray absorb nothing
     if (given) {
       alpha = ray.alphas.load(i, n);
       keep = 1.0f - alpha;
@@ -249,7 +250,7 @@ template <int V, class T>
 void dot_block(const T* c, const float* g, const float* w, int64_t live, int64_t width, int n, float* dots, T* out) {
   F32 grad[V];
   for (int v = 0; v < V; ++v) grad[v] = load_n(g + v * W, lanes_left(v * W, n));
-  const bool alone = n == width;        // else the next sample's place holds an earlier block's gradients
+  const bool alone = n == width;  // else the next sample's place holds an earlier block's gradients
   for (int64_t i = 0; i < live; ++i) {
     const bool whole = i * width + V * W <= (live - 1) * width + n;
     F32 dot{};
@@ -270,9 +271,12 @@ template <class F>
 void for_each_block(int64_t width, F&& f) {
   for (int64_t k = 0; k < width; k += BLOCK) {
     const int n = width - k < BLOCK ? static_cast<int>(width - k) : BLOCK;
-    if (n > 2 * W) f(k, n, std::integral_constant<int, 4>{});
-    else if (n > W) f(k, n, std::integral_constant<int, 2>{});
-    else f(k, n, std::integral_constant<int, 1>{});
+    if (n > 2 * W)
+      f(k, n, std::integral_constant<int, 4>{});
+    else if (n > W)
+      f(k, n, std::integral_constant<int, 2>{});
+    else
+      f(k, n, std::integral_constant<int, 1>{});
   }
 }
 
@@ -309,12 +313,15 @@ void write_colors(const Composite& p, const Ray& ray, const Scratch& s, const Ma
 int64_t first_ray(const Composite& p, int64_t task) {
   if (!p.ray_offsets) return p.n_rays * task / p.tasks;
   const auto cost = [&](int64_t r) { return p.ray_offsets[r] + 8 * r; };
-  const int64_t wanted = static_cast<int64_t>(static_cast<double>(cost(p.n_rays)) * static_cast<double>(task) / p.tasks);
+  const int64_t wanted =
+      static_cast<int64_t>(static_cast<double>(cost(p.n_rays)) * static_cast<double>(task) / p.tasks);
   int64_t low = 0, high = p.n_rays;
   while (low < high) {
     const int64_t half = (low + high) / 2;
-    if (cost(half) < wanted) low = half + 1;
-    else high = half;
+    if (cost(half) < wanted)
+      low = half + 1;
+    else
+      high = half;
   }
   return task == p.tasks ? p.n_rays : low;
 }
@@ -406,8 +413,8 @@ struct SampleGrads {
 
 // From the far end: `ladder` is what one unit of light is worth behind a vector of samples. Returns it at the near end.
 float far_to_near(const Ray& ray, const Scratch& s, int64_t live, const Behind& b, const SampleGrads& out) {
-  F32 ladder = splat(b.background), worth{}, rest{};      // worth: sum_{j>i} w_j (m_j - m_i), rest: sum_{j>i} w_j
-  F32 edge{};                                             // the middle of the first sample behind the vector
+  F32 ladder = splat(b.background), worth{}, rest{};  // worth: sum_{j>i} w_j (m_j - m_i), rest: sum_{j>i} w_j
+  F32 edge{};                                         // the middle of the first sample behind the vector
   for (int64_t i = (live - 1) / W * W; i >= 0 && live > 0; i -= W) {
     const int n = lanes_left(i, live);
     const F32 w = load(s.weights + i), alpha = load(s.alphas + i), mid = ray.mids(i, n), delta = ray.deltas(i, n);

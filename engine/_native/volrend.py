@@ -113,8 +113,8 @@ def backward(
     left = torch.empty(call.n_rays)
     if call.n_rays:
         _C.composite_backward(
-            call.described, *map(call.by_ray, (grad_features, grad_depth, grad_opacity, grad_distortion)),
-            call.samples(grad_weights), *pointers, left.data_ptr(),
+            call.described, call.by_ray(grad_features), call.by_ray(grad_depth), call.by_ray(grad_opacity),
+            call.by_ray(grad_distortion), call.samples(grad_weights), *pointers, left.data_ptr(),
         )
     for i in (5, 6):
         if pointers[i]:

@@ -77,6 +77,7 @@ def composite(
         held = (2 * weights * spread + weights.square() * rays.deltas / 3).sum(-1)
 
     density = alphas if sigmas is None else sigmas
+    assert density is not None
     packed = _unpad(weights, rays) if return_weights else features.new_empty(0)
     return (
         color.to(features.dtype),

@@ -18,21 +18,23 @@ struct Samples {
 enum class Depth : int { expected = 0, normalized = 1, median = 2 };
 
 struct Composite {
-  int64_t n_rays, n_samples, n_channels;    // n_samples: of each ray, or of the longest where packed
-  const int64_t* ray_offsets;               // [n_rays + 1], checked; null: dense
-  Samples sigmas, alphas;                   // one of them
+  int64_t n_rays, n_samples, n_channels;  // n_samples: of each ray, or of the longest where packed
+  const int64_t* ray_offsets;             // [n_rays + 1], checked; null: dense
+  Samples sigmas, alphas;                 // one of them
   Samples features, t_starts, t_ends;
-  const float* background;                  // row r at background + r * background_step; null: none
+  const float* background;  // row r at background + r * background_step; null: none
   int64_t background_step;
-  const float* prefix_trans;                // [n_rays]; null: ones
+  const float* prefix_trans;  // [n_rays]; null: ones
   float early_stop_eps;
   Depth depth;
-  int num_threads, tasks;                   // tasks: rays are split into so many ranges, each with its own scratch
-  float* scratch;                           // tasks * composite_scratch(n_samples) floats
+  int num_threads, tasks;  // tasks: rays are split into so many ranges, each with its own scratch
+  float* scratch;          // tasks * composite_scratch(n_samples) floats
 };
 
 // Contiguous, in the dtype of features (features), t_starts (depth, distortion), sigmas or alphas (the others).
-struct CompositeOut { void *features, *depth, *opacity, *weights, *distortion; };       // the last two may be null
+struct CompositeOut {
+  void *features, *depth, *opacity, *weights, *distortion;
+};  // the last two may be null
 
 // What comes from behind: [n_rays, ...] in float32, contiguous, or null for zeros.
 struct CompositeGradIn {
