@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "onepass/attention.h"
 #include "onepass/bandwidth.h"
 #include "onepass/denoise.h"
 #include "onepass/reparam.h"
@@ -84,6 +85,7 @@ struct Kernels {
   Isa isa;
   RngKernels rng;
   ReparamKernels reparam;
+  AttentionKernels attention;
   DenoiseKernels denoise;
   BandwidthKernels bandwidth;
   CompositeKernels composite;
@@ -91,7 +93,8 @@ struct Kernels {
 
 Kernels load(Isa isa) {
 #define ONEPASS_LOAD(name) \
-  if (isa == Isa::name) return {isa, name::rng, name::reparam, name::denoise, name::bandwidth, name::composite};
+  if (isa == Isa::name) \
+    return {isa, name::rng, name::reparam, name::attention, name::denoise, name::bandwidth, name::composite};
   ONEPASS_FOR_EACH_ISA(ONEPASS_LOAD)
 #undef ONEPASS_LOAD
   throw std::logic_error("no such instruction set");
@@ -183,6 +186,89 @@ void bind_denoise(py::module_& m) {
         py::gil_scoped_release nogil;
         return kernels.denoise.step(p);
       });
+}
+
+// (pointer, elements from a batch row, a token and a head to the next)
+using HeadsArgument = std::tuple<Pointer, int64_t, int64_t, int64_t>;
+
+Heads heads(const HeadsArgument& a) {
+  return {at<const void>(std::get<0>(a)), std::get<1>(a), std::get<2>(a), std::get<3>(a)};
+}
+
+void bind_attention(py::module_& m) {
+  py::class_<Cache>(m, "Cache")
+      .def(py::init([](Pointer seqlens, int64_t keys, int64_t appended, int64_t slots, int64_t pages,
+                       Pointer block_table, int64_t blocks, Pointer batch_idx, Pointer leftpad, Pointer cu_seqlens) {
+        return Cache{at<const int32_t>(seqlens),
+                     keys,
+                     appended,
+                     slots,
+                     pages,
+                     at<const int32_t>(block_table),
+                     blocks,
+                     at<const int32_t>(batch_idx),
+                     at<const int32_t>(leftpad),
+                     at<const int32_t>(cu_seqlens)};
+      }));
+  py::class_<Rotary>(m, "Rotary")
+      .def(py::init([](Pointer cos, Pointer sin, int64_t positions, int64_t half, bool interleaved) {
+        return Rotary{at<const float>(cos), at<const float>(sin), positions, half, interleaved};
+      }));
+  py::class_<Attention>(m, "Attention")
+      .def(py::init([](std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t> sizes, int dtype,
+                       const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v, const HeadsArgument& out,
+                       Pointer lse, const Cache& cache, const Rotary& rotary, bool rotary_ordered, int64_t window_left,
+                       int64_t window_right, float softcap, float scale, Pointer slopes, int64_t slopes_batch,
+                       Pointer sinks, int mask_kind, Pointer mask,
+                       std::tuple<int64_t, int64_t, int64_t, int64_t> mask_steps, Pointer tree, int num_threads) {
+        const auto [batch, n_heads, kv_heads, head_dim, value_dim, queries, tokens] = sizes;
+        const auto [mask_batch, mask_head, mask_row, mask_key] = mask_steps;
+        if (const char* fault = cache_fault(cache, batch, queries, tokens, rotary))
+          throw py::value_error(std::string(fault) + " points outside the cache");
+        return Attention{batch,
+                         n_heads,
+                         kv_heads,
+                         head_dim,
+                         value_dim,
+                         queries,
+                         tokens,
+                         static_cast<DType>(dtype),
+                         heads(q),
+                         heads(k),
+                         heads(v),
+                         heads(out),
+                         at<float>(lse),
+                         cache,
+                         rotary,
+                         rotary_ordered,
+                         window_left,
+                         window_right,
+                         softcap,
+                         scale,
+                         at<const float>(slopes),
+                         slopes_batch,
+                         at<const float>(sinks),
+                         ScoreMask{static_cast<MaskKind>(mask_kind), at<const void>(mask), mask_batch, mask_head,
+                                   mask_row, mask_key},
+                         at<const uint8_t>(tree),
+                         num_threads};
+      }));
+  m.def("attention_workspace", [](const Attention& p) { return kernels.attention.workspace(p); });
+  m.def("attention_forward", [](const Attention& p, Pointer workspace) {
+    py::gil_scoped_release nogil;
+    kernels.attention.forward(p, at<void>(workspace));
+  });
+  m.def("kvcache_append", [](std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t> sizes, int dtype,
+                             const HeadsArgument& k, const HeadsArgument& v, const HeadsArgument& k_cache,
+                             const HeadsArgument& v_cache, const Cache& cache, const Rotary& rotary, int num_threads) {
+    const auto [batch, kv_heads, head_dim, value_dim, tokens, steps] = sizes;
+    if (const char* fault = cache_fault(cache, batch, cache.cu_seqlens ? tokens : steps, tokens, rotary))
+      throw py::value_error(std::string(fault) + " points outside the cache");
+    const Append p{batch,    kv_heads, head_dim,       value_dim,      tokens, steps,  static_cast<DType>(dtype),
+                   heads(k), heads(v), heads(k_cache), heads(v_cache), cache,  rotary, num_threads};
+    py::gil_scoped_release nogil;
+    kernels.attention.append(p);
+  });
 }
 
 void bind_bandwidth(py::module_& m) {
@@ -284,6 +370,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   bind_rng(m);
   bind_reparam(m);
+  bind_attention(m);
   bind_denoise(m);
   bind_bandwidth(m);
   bind_volrend(m);

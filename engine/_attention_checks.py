@@ -1,6 +1,7 @@
 """What attention and its cache accept: shapes, dtypes and, in host memory, values."""
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ def options(window: Any, softcap: float, scale: float | None, head_dim: int) -> 
 
 
 def per_head(q: Tensor, n_heads: int, batch: int, alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:
-    for name, x, shapes in (("alibi_slopes", alibi_slopes, ((n_heads,), (batch, n_heads))), ("sinks", sinks, ((n_heads,),))):
+    allowed = (("alibi_slopes", alibi_slopes, ((n_heads,), (batch, n_heads))), ("sinks", sinks, ((n_heads,),)))
+    for name, x, shapes in allowed:
         if x is None:
             continue
         check.is_float_tensor(name, x)
@@ -141,7 +143,7 @@ def cache_values(
     counts = [max_seqlen_q] * len(lengths)
     if cu_seqlens_q is not None:
         cu = cu_seqlens_q.tolist()
-        counts = [b - a for a, b in zip(cu, cu[1:], strict=False)]
+        counts = [b - a for a, b in itertools.pairwise(cu)]
         if cu[0] != 0 or cu[-1] != tokens or min(counts, default=0) < 0:
             raise ValueError(f"cu_seqlens_q is {cu}, expected to rise from 0 to the {tokens} rows of q")
         if max(counts, default=0) > max_seqlen_q:
@@ -173,7 +175,8 @@ def cache_values(
         if int(low) >= 0 and int(high) < cache.shape[0]:
             return
         size = cache.shape[1]
-        used = torch.tensor([-(-t // size) if size else 0 for t in totals])[:, None] > torch.arange(block_table.shape[1])
+        blocks = torch.tensor([-(-t // size) if size else 0 for t in totals])
+        used = blocks[:, None] > torch.arange(block_table.shape[1])
         bad = used & ((block_table < 0) | (block_table >= cache.shape[0]))
         if bad.any():
             b, i = bad.nonzero()[0].tolist()

@@ -61,3 +61,11 @@ def composite_cpu(*args: Any) -> str | None:
     if why := native_cpu(*tensors):
         return why
     return next((why for x in tensors if x.dtype != torch.int64 and (why := cpu_dtype(x.dtype))), None)
+
+
+def kvcache_cpu(*args: Any) -> str | None:
+    """As floats_cpu, of the append and of the attention: the caches are the tensors of rank 4 in place 0 to 2."""
+    for name, cache in zip(("q or k_cache", "k_cache or v_cache", "k or v_cache"), args[:3], strict=True):
+        if cache.numel() and cache.stride(-1) != 1 and cache.shape[-1] != 1:
+            return f"{name} has stride {cache.stride(-1)} in the head dim, the kernel takes 1"
+    return floats_cpu(*args)

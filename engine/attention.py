@@ -118,7 +118,7 @@ def attention_with_kvcache(
     expect.is_index("cache_batch_idx", cache_batch_idx, (batch,), q, f"[B] = [{batch}]")
     expect.is_index("cache_leftpad", cache_leftpad, (batch,), q, f"[B] = [{batch}]")
     if block_table is not None and cache_batch_idx is not None:
-        raise ValueError("block_table and cache_batch_idx are both given: the block table already names each row's pages")
+        raise ValueError("block_table and cache_batch_idx are both given: the table names each row's pages")
     if tree_mask is not None and (tree_mask.dtype != torch.bool or tuple(tree_mask.shape) != (batch, longest, longest)):
         raise ValueError(
             f"tree_mask is {tree_mask.dtype} {tuple(tree_mask.shape)}, expected bool {(batch, longest, longest)}"
@@ -157,8 +157,8 @@ def merge_attention(
 ) -> tuple[Tensor, Tensor]:                 # out [..., S, H, D], lse [..., H, S]
     """Joins attention over N disjoint sets of keys into attention over all of them: split caches, shared prefixes.
 
-    lse = ln sum_n exp(lse_n), out = sum_n exp(lse_n - lse) out_n (Milakov and Gimelshein 2018). A part whose LSE is -inf
-    saw no key and its out is not read. Gradients flow to every input.
+    lse = ln sum_n exp(lse_n), out = sum_n exp(lse_n - lse) out_n (Milakov and Gimelshein 2018). A part whose LSE is
+    -inf saw no key and its out is not read. Gradients flow to every input.
     """
     outs = outs if isinstance(outs, Tensor) else torch.stack(list(outs))
     lses = lses if isinstance(lses, Tensor) else torch.stack(list(lses))
@@ -166,7 +166,7 @@ def merge_attention(
     check.is_float_tensor("lses", lses)
     expected = (*outs.shape[:-3], *reversed(outs.shape[-3:-1]))
     if outs.dim() < 4 or tuple(lses.shape) != expected:
-        raise ValueError(f"lses has shape {tuple(lses.shape)}, expected [N, ..., H, S] of outs [N, ..., S, H, D], {expected}")
+        raise ValueError(f"lses has shape {tuple(lses.shape)}, expected {expected}: [N, ..., H, S] of outs")
     if lses.device != outs.device:
         raise ValueError(f"lses is on {lses.device}, expected the device of outs, {outs.device}")
     if outs.shape[0] == 0:

@@ -47,6 +47,7 @@ class Op:
 
 _KEYS = "SymInt seed, Tensor? seeds, SymInt stream, Tensor? streams, SymInt offset, Tensor? offsets"
 _SCORES = "bool causal, SymInt window_left, SymInt window_right, float softcap, float scale"
+_CACHES = "float32, bfloat16, float16; caches with unit stride in the head dim"
 _CLOSED_FORM = "the closed form of the reference, in PyTorch"
 _HALF_AND_SINGLE = "float32, bfloat16, float16"
 
@@ -97,7 +98,10 @@ _TABLE = [
         f"(Tensor q, Tensor k, Tensor v, {_SCORES}, Tensor? alibi_slopes, Tensor? sinks, Tensor? mask, "
         "*, str? backend=None) -> (Tensor out, Tensor lse)",
         "attention",
-        {"reference": _reference("attention:attention_forward")},
+        {
+            "cpu": Impl("onepass._native.attention:forward", supports.floats_cpu, f"{_HALF_AND_SINGLE}; any strides"),
+            "reference": _reference("attention:attention_forward"),
+        },
     ),
     Op(
         "attention_backward",
@@ -116,16 +120,22 @@ _TABLE = [
         "Tensor? cache_batch_idx, Tensor? cu_seqlens, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "
         "*, str? backend=None) -> ()",
         "attention_with_kvcache, the append",
-        {"reference": _reference("kvcache:kvcache_append")},
+        {
+            "cpu": Impl("onepass._native.attention:kvcache_append", supports.kvcache_cpu, _CACHES),
+            "reference": _reference("kvcache:kvcache_append"),
+        },
     ),
     Op(
         "kvcache_attention",
         "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, SymInt appended, Tensor? block_table, "
-        "Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? cu_seqlens_q, SymInt max_seqlen_q, Tensor? rotary_cos, "
-        f"Tensor? rotary_sin, bool rotary_interleaved, {_SCORES}, Tensor? alibi_slopes, Tensor? sinks, "
+        "Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? cu_seqlens_q, SymInt max_seqlen_q, "
+        f"Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, {_SCORES}, Tensor? alibi_slopes, Tensor? sinks, "
         "Tensor? tree_mask, *, str? backend=None) -> (Tensor out, Tensor lse)",
         "attention_with_kvcache",
-        {"reference": _reference("kvcache:kvcache_attention")},
+        {
+            "cpu": Impl("onepass._native.attention:kvcache_attention", supports.kvcache_cpu, _CACHES),
+            "reference": _reference("kvcache:kvcache_attention"),
+        },
     ),
     Op(
         "merge_attention",

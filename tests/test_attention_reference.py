@@ -1,4 +1,4 @@
-"""The attention references against truths that are not themselves: SDPA, a loop over single scores in float64, closed forms, gradcheck."""
+"""The attention references against SDPA, a loop over single scores in float64, closed forms, gradcheck."""
 
 from __future__ import annotations
 
@@ -18,8 +18,14 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tor
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def qkv(b: int, sq: int, sk: int, h: int, hkv: int, d: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
-    return randn(b, sq, h, d, seed=1, dtype=dtype), randn(b, sk, hkv, d, seed=2, dtype=dtype), randn(b, sk, hkv, d, seed=3, dtype=dtype)
+def qkv(
+    b: int, sq: int, sk: int, h: int, hkv: int, d: int, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, ...]:
+    return (
+        randn(b, sq, h, d, seed=1, dtype=dtype),
+        randn(b, sk, hkv, d, seed=2, dtype=dtype),
+        randn(b, sk, hkv, d, seed=3, dtype=dtype),
+    )
 
 
 def naive(q, k, v, causal=False, left=-1, right=-1, softcap=0.0, scale=1.0, slopes=None, sinks=None, mask=None):
@@ -87,7 +93,9 @@ def test_forward_is_the_naive_loop(options, sizes):
     if "mask" in options:
         mask = randn(2, heads, sq, sk, seed=6)
         mask = mask > 0 if options["mask"] == "bool" else mask
-    causal, left, right, cap = (options.get(n, d) for n, d in (("causal", False), ("left", -1), ("right", -1), ("softcap", 0.0)))
+    causal, left, right, cap = (
+        options.get(n, d) for n, d in (("causal", False), ("left", -1), ("right", -1), ("softcap", 0.0))
+    )
     out, lse = reference.attention_forward(q, k, v, causal, left, right, cap, 0.7, slopes, sinks, mask)
     for b in range(2):
         row = (q[b], k[b], v[b], causal, left, right, cap, 0.7, None if slopes is None else slopes[b], sinks)
@@ -144,12 +152,16 @@ def test_merge_is_attention_over_all_keys(sinks):
 
 
 def test_merge_gradients():
-    outs, lses, sinks = (x.requires_grad_() for x in (randn(3, 2, 4, 2, 3), randn(3, 2, 2, 4, seed=1), randn(2, seed=2)))
+    outs, lses, sinks = (
+        x.requires_grad_() for x in (randn(3, 2, 4, 2, 3), randn(3, 2, 2, 4, seed=1), randn(2, seed=2))
+    )
     assert torch.autograd.gradcheck(reference.merge_attention, (outs, lses, sinks))
     out, lse = reference.merge_attention(outs, lses, sinks)
     grad_out, grad_lse = randn(*out.shape, seed=3), randn(*lse.shape, seed=4)
     truth = torch.autograd.grad((out * grad_out).sum() + (lse * grad_lse).sum(), (outs, lses, sinks))
-    torch.testing.assert_close(reference.merge_attention_backward(grad_out, grad_lse, outs, lses, out, lse, sinks), truth)
+    torch.testing.assert_close(
+        reference.merge_attention_backward(grad_out, grad_lse, outs, lses, out, lse, sinks), truth
+    )
 
 
 class Rows:
@@ -159,7 +171,9 @@ class Rows:
 
     def __init__(self, page: int = 0, leftpad: bool = False, shuffled: bool = False, poison: float = math.nan):
         self.leftpad = torch.tensor([0, 2, 7], dtype=torch.int32) if leftpad else None
-        self.k, self.v = ([randn(n + self.new, 2, self.dim, seed=s + i) for i, n in enumerate(self.lengths)] for s in (10, 20))
+        self.k, self.v = (
+            [randn(n + self.new, 2, self.dim, seed=s + i) for i, n in enumerate(self.lengths)] for s in (10, 20)
+        )
         self.seqlens = torch.tensor(self.lengths, dtype=torch.int32)
         self.table = self.batch_idx = None
         slots = self.capacity // page if page else 1
@@ -192,11 +206,23 @@ class Rows:
         return torch.stack([rows[-self.new :] for rows in getattr(self, which)])
 
 
-LAYOUTS = [{}, {"page": 1}, {"page": 4}, {"page": 5}, {"leftpad": True}, {"shuffled": True}, {"shuffled": True, "leftpad": True}]
+LAYOUTS = [
+    {},
+    {"page": 1},
+    {"page": 4},
+    {"page": 5},
+    {"leftpad": True},
+    {"shuffled": True},
+    {"shuffled": True, "leftpad": True},
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"left": 4, "causal": True}, {"slopes": True, "sinks": True, "softcap": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True}, {"left": 4, "causal": True}, {"slopes": True, "sinks": True, "softcap": 2.0}],
+    ids=str,
+)
 def test_cache_is_the_naive_loop(layout, options):
     rows = Rows(**layout)
     kvcache.kvcache_append(
@@ -242,7 +268,9 @@ def test_rotation_is_a_complex_product(interleaved, half):
     got = kvcache.rotate(x, position, angles.cos(), angles.sin(), interleaved)
     pair = x[..., : 2 * half].unflatten(-1, (half, 2) if interleaved else (2, half))
     pair = pair if interleaved else pair.transpose(-1, -2)
-    turned = torch.view_as_complex(pair.contiguous()) * torch.polar(torch.ones_like(angles), angles)[position][..., None, :]
+    turned = (
+        torch.view_as_complex(pair.contiguous()) * torch.polar(torch.ones_like(angles), angles)[position][..., None, :]
+    )
     turned = torch.view_as_real(turned)
     truth = (turned if interleaved else turned.transpose(-1, -2)).flatten(-2)
     torch.testing.assert_close(got, torch.cat([truth, x[..., 2 * half :]], -1))

@@ -35,7 +35,9 @@ def _append(*args: Any, backend: str | None = None) -> None:
 
 
 @torch.library.register_fake("onepass::kvcache_attention", lib=library)
-def _cached(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any, backend: str | None = None) -> tuple[Tensor, Tensor]:
+def _cached(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
     rows, heads = ((q.shape[0],), q.shape[2]) if q.dim() == 4 else ((), q.shape[1])
     length = q.shape[1] if q.dim() == 4 else q.shape[0]
     lse = q.new_empty(*rows, heads, length, dtype=_lse_dtype(q.dtype))
@@ -107,7 +109,7 @@ def _forward_flops(q_shape: Any, k_shape: Any, v_shape: Any, causal: bool, *args
 
 @register_flop_formula(torch.ops.onepass.attention_backward)
 def _backward_flops(
-    grad_shape: Any, grad_lse_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, out_shape: Any, lse_shape: Any,
+    grad: Any, grad_lse: Any, q_shape: Any, k_shape: Any, v_shape: Any, forward_out: Any, lse: Any,
     causal: bool, *args: Any, **kwargs: Any,
 ) -> int:
     """Five products: the scores again, dp, dq, dk and dv."""

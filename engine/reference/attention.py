@@ -1,8 +1,8 @@
 """Attention in plain PyTorch: the definition that every backend is held to.
 
-Scaled dot-product attention (Vaswani et al. 2017, eq. 1) with logit soft-capping (Gemma 2, 2024), ALiBi (Press et al. 2022),
-sliding windows (Longformer, 2020), grouped queries (Ainslie et al. 2023) and attention sinks (Xiao et al. 2024: one logit per head
-that takes probability and gives nothing). Merging partial results: Milakov and Gimelshein 2018, eq. 4.
+Scaled dot-product attention (Vaswani et al. 2017, eq. 1) with logit soft-capping (Gemma 2, 2024), ALiBi (Press et al.
+2022), sliding windows (Longformer, 2020), grouped queries (Ainslie et al. 2023) and sinks (Xiao et al. 2024:
+one logit per head that takes probability and gives nothing). Merging partial results: Milakov and Gimelshein 2018, eq. 4.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ def attention_forward(
     sinks: Tensor | None = None,  # [H]
     mask: Tensor | None = None,  # bool (True attends) or additive, broadcastable to [B, H, Sq, Sk]
 ) -> tuple[Tensor, Tensor]:  # out [B, Sq, H, Dv], lse [B, H, Sq] (float32 at least)
-    """out = softmax(s) v and lse = ln sum exp(s), s in the order scale, softcap, ALiBi or mask, window and causal, sink.
+    """out = softmax(s) v and lse = ln sum exp(s), s by scale, softcap, ALiBi or mask, window and causal, sink.
 
-    Row i sits at key i + Sk - Sq (bottom-right). A row with nothing to attend gives 0 and lse -inf (its sink's logit, if any).
+    Row i sits at key i + Sk - Sq (bottom-right). A row with nothing to attend gives 0 and lse -inf (or its
+    sink's logit).
     """
     distance = diagonal(q.shape[1], k.shape[1], q.device)[None]
     allowed = inside(distance, causal, window_left, window_right)
@@ -64,12 +65,12 @@ def attend(
     sinks: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention with an explicit table of distances and of allowed pairs; batches of rows of different lengths come here."""
+    """Attention with an explicit table of distances and of allowed pairs, for rows of different lengths too."""
     scores, _ = _scores(q, k, distance, allowed, softcap, scale, alibi_slopes, mask)
     lse = _logsumexp(scores, sinks)
     probs = _exp_minus(scores, lse[..., None])
     out = torch.einsum("bhij,bjhd->bihd", probs, _per_head(v.to(probs.dtype), q.shape[2]))
-    return out.to(q.dtype), lse
+    return out.to(q.dtype).contiguous(), lse
 
 
 def attention_backward(
@@ -113,7 +114,8 @@ def attention_backward(
     dsinks = q.new_empty(0)
     if sinks is not None:
         dsinks = -(_exp_minus(sinks.to(wide)[:, None], lse.to(wide)) * delta).sum((0, 2)).to(sinks.dtype)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
+    dq, dk, dv = (d.to(x.dtype).contiguous() for d, x in ((dq, q), (dk, k), (dv, v)))
+    return dq, dk, dv, dsinks
 
 
 def merge_attention(
@@ -130,7 +132,7 @@ def merge_attention(
     lse = _logsumexp(lses.movedim(0, -1), sinks)
     weights = _exp_minus(lses, lse).transpose(-1, -2)[..., None]
     parts = torch.where(weights > 0, outs.to(wide), 0)
-    return (weights * parts).sum(0).to(outs.dtype), lse
+    return (weights * parts).sum(0).to(outs.dtype).contiguous(), lse.contiguous()
 
 
 def merge_attention_backward(
@@ -156,7 +158,7 @@ def merge_attention_backward(
     if sinks is not None:
         taken = _exp_minus(sinks.to(wide)[:, None], lse) * shared
         dsinks = taken.movedim(-2, 0).flatten(1).sum(1).to(sinks.dtype)
-    return (per_row * grad).to(outs.dtype), dlses.to(lses.dtype), dsinks
+    return (per_row * grad).to(outs.dtype).contiguous(), dlses.to(lses.dtype).contiguous(), dsinks
 
 
 def _scores(

@@ -1,7 +1,7 @@
 """Attention over a key-value cache in plain PyTorch: appending, rotary embedding, pages, ragged queries, tree masks.
 
-Batched over the whole capacity of the cache, so that nothing depends on a length on the host; slots that hold no key are cleared before
-they meet arithmetic. Rotary embedding: Su et al. 2021, eq. 34; tree masks: Miao et al. 2023 (SpecInfer).
+Batched over the whole capacity of the cache, so that nothing depends on a length on the host; slots that
+hold no key are cleared before they meet arithmetic. Rotary embedding: Su et al. 2021, eq. 34; tree masks: Miao et al. 2023 (SpecInfer).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def kvcache_attention(
     sinks: Tensor | None = None,  # [H]
     tree_mask: Tensor | None = None,  # [B, max_seqlen_q, max_seqlen_q] bool, over the last keys
 ) -> tuple[Tensor, Tensor]:  # out as q with Dv, lse [B, H, Sq] or [H, total]
-    """Attention of each row's queries, which are its last tokens, over its valid keys [leftpad, cache_seqlens + appended).
+    """Attention of each row's queries, its last tokens, over its keys [leftpad, cache_seqlens + appended).
 
     Queries rotate at cache_seqlens + i where order matters (causal, window or tree), else all at cache_seqlens.
     """
@@ -66,12 +66,16 @@ def kvcache_attention(
     rows, steps = _rows_and_steps(q, cu_seqlens_q)
     if rotary_cos is not None and rotary_sin is not None:
         ordered = causal or window_left >= 0 or window_right >= 0 or tree_mask is not None
-        q = rotate(q, cache_seqlens.long()[rows] + (steps if ordered else 0), rotary_cos, rotary_sin, rotary_interleaved)
+        q = rotate(
+            q, cache_seqlens.long()[rows] + (steps if ordered else 0), rotary_cos, rotary_sin, rotary_interleaved
+        )
     count = _counts(cu_seqlens_q, batch, max_seqlen_q, q.device)
     if cu_seqlens_q is not None:  # ragged: spread over [B, max_seqlen_q], gathered back at the end
         starts = cu_seqlens_q.long()[:-1]
         spread = starts[:, None] + torch.arange(max_seqlen_q, device=q.device)
-        padded = q[spread.clamp(0, max(q.shape[0] - 1, 0))] if q.shape[0] else q.new_zeros(batch, max_seqlen_q, *q.shape[1:])
+        padded = (
+            q[spread.clamp(0, max(q.shape[0] - 1, 0))] if q.shape[0] else q.new_zeros(batch, max_seqlen_q, *q.shape[1:])
+        )
     else:
         padded = q
     total = cache_seqlens.long() + (count if appended < 0 else appended)
@@ -88,12 +92,16 @@ def kvcache_attention(
     allowed = inside(distance, causal, window_left, window_right) & valid[:, None, :]
     if tree_mask is not None:
         column = keys - (total - count)[:, None]  # which query a key belongs to; negative: an older key
-        seen = tree_mask.gather(2, column.clamp(0, max_seqlen_q - 1)[:, None, :].expand_as(allowed)) if max_seqlen_q else allowed
+        seen = (
+            tree_mask.gather(2, column.clamp(0, max_seqlen_q - 1)[:, None, :].expand_as(allowed))
+            if max_seqlen_q
+            else allowed
+        )
         allowed = allowed & (seen | (column < 0)[:, None, :])
     out, lse = attend(padded, *gathered, distance, allowed, softcap, scale, alibi_slopes, sinks, None)
     if cu_seqlens_q is None:
         return out, lse
-    return out[rows, steps], lse.transpose(1, 2)[rows, steps].t()
+    return out[rows, steps], lse.transpose(1, 2)[rows, steps].t().contiguous()
 
 
 def rotate(
