@@ -129,8 +129,8 @@ _TABLE = [
         "kvcache_attention",
         "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, SymInt appended, Tensor? block_table, "
         "Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? cu_seqlens_q, SymInt max_seqlen_q, "
-        f"Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, {_SCORES}, Tensor? alibi_slopes, Tensor? sinks, "
-        "Tensor? tree_mask, *, str? backend=None) -> (Tensor out, Tensor lse)",
+        f"Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, {_SCORES}, Tensor? alibi_slopes, "
+        "Tensor? sinks, Tensor? tree_mask, *, str? backend=None) -> (Tensor out, Tensor lse)",
         "attention_with_kvcache",
         {
             "cpu": Impl("onepass._native.attention:kvcache_attention", supports.kvcache_cpu, _CACHES),

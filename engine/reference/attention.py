@@ -1,8 +1,8 @@
 """Attention in plain PyTorch: the definition that every backend is held to.
 
 Scaled dot-product attention (Vaswani et al. 2017, eq. 1) with logit soft-capping (Gemma 2, 2024), ALiBi (Press et al.
-2022), sliding windows (Longformer, 2020), grouped queries (Ainslie et al. 2023) and sinks (Xiao et al. 2024:
-one logit per head that takes probability and gives nothing). Merging partial results: Milakov and Gimelshein 2018, eq. 4.
+2022), sliding windows (Longformer, 2020), grouped queries (Ainslie et al. 2023) and sinks (Xiao et al. 2024: one
+logit per head that takes probability and gives nothing). Merging partial results: Milakov and Gimelshein 2018, eq. 4.
 """
 
 from __future__ import annotations

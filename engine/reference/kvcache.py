@@ -1,7 +1,8 @@
 """Attention over a key-value cache in plain PyTorch: appending, rotary embedding, pages, ragged queries, tree masks.
 
-Batched over the whole capacity of the cache, so that nothing depends on a length on the host; slots that
-hold no key are cleared before they meet arithmetic. Rotary embedding: Su et al. 2021, eq. 34; tree masks: Miao et al. 2023 (SpecInfer).
+Batched over the whole capacity of the cache, so that nothing depends on a length on the host; slots that hold no key
+are cleared before they meet arithmetic. Rotary embedding: Su et al. 2021, eq. 34; tree masks: Miao et al. 2023
+(SpecInfer).
 """
 
 from __future__ import annotations
