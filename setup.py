@@ -30,6 +30,7 @@ class CMakeBuild(build_ext):
         target = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve()
         if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
             print("onepass: no C++ compiler found: installing the pure-Python build (reference backend only)")
+            target.unlink(missing_ok=True)      # an older build's must not go into this wheel
             return
         import pybind11
 

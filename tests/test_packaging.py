@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -30,21 +31,26 @@ def test_without_a_compiler_the_pure_python_build_says_so(tmp_path: Path) -> Non
         env=environment, capture_output=True, text=True, check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "no C++ compiler found" in done.stdout
+    assert "no C++ compiler found" in done.stdout + done.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        assert not [name for name in wheel.namelist() if name.endswith(".so")]
+        wheel.extractall(tmp_path / "site")
     code = (
-        f"import sys; sys.path.insert(0, {str(next(tmp_path.glob('*.whl')))!r})\n"
-        "import warnings, torch\n"
+        "import sys, warnings, torch\n"
+        "sys.meta_path = [f for f in sys.meta_path if not getattr(f, '__module__', '').startswith('__editable__')]\n"
         "with warnings.catch_warnings(record=True) as seen:\n"
         "    warnings.simplefilter('always')\n"
         "    import onepass\n"
         "    onepass.reparameterize(torch.zeros(3), torch.zeros(3), seed=1)\n"
         "    onepass.reparameterize(torch.zeros(3), torch.zeros(3), seed=1)\n"
+        "assert onepass.__file__.startswith(sys.argv[1]), onepass.__file__\n"
         "assert [w.category.__name__ for w in seen] == ['FallbackWarning'], seen\n"
         "try: onepass.reparameterize(torch.zeros(3), torch.zeros(3), seed=1, backend='cpu')\n"
         "except ValueError as e: assert 'onepass._C is not usable' in str(e), e\n"
         "else: raise AssertionError('no error')\n"
     )
-    subprocess.check_call([sys.executable, "-c", code], cwd=tmp_path)
+    site = str(tmp_path / "site")
+    subprocess.check_call([sys.executable, "-c", code, site], cwd=tmp_path, env={**os.environ, "PYTHONPATH": site})
 
 
 @pytest.mark.skipif(_native.error is not None, reason="no native extension")
