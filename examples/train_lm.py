@@ -2,7 +2,7 @@
 
     python examples/train_lm.py [--out FOLDER] [--steps N]
 
-The text is that of `help("topics")` and the licence: about 0.5 MB. About nine minutes on two cores; the result depends
+The text is that of `help("topics")` and the licence: about 0.5 MB. About eight minutes on two cores; the result depends
 on the Python version, whose texts it reads, and on the machine's matrix products.
 """
 from __future__ import annotations
