@@ -93,7 +93,7 @@ struct Kernels {
 
 Kernels load(Isa isa) {
 #define ONEPASS_LOAD(name) \
-  if (isa == Isa::name) \
+  if (isa == Isa::name)    \
     return {isa, name::rng, name::reparam, name::attention, name::denoise, name::bandwidth, name::composite};
   ONEPASS_FOR_EACH_ISA(ONEPASS_LOAD)
 #undef ONEPASS_LOAD

@@ -35,6 +35,32 @@ def denoise_step(
     guidance: tuple[float, int, int], seed: _Key, keys_per_row: bool, state: int, out: _Rows, num_threads: int, /,
 ) -> int: ...
 
+_Heads = tuple[int, int, int, int]      # pointer, elements to the next batch row, token and head
+
+class Cache:
+    def __init__(
+        self, seqlens: int, keys: int, appended: int, slots: int, pages: int, block_table: int, blocks: int,
+        batch_idx: int, leftpad: int, cu_seqlens: int, /,
+    ) -> None: ...
+
+class Rotary:
+    def __init__(self, cos: int, sin: int, positions: int, half: int, interleaved: bool, /) -> None: ...
+
+class Attention:
+    def __init__(
+        self, sizes: tuple[int, int, int, int, int, int, int], dtype: int, q: _Heads, k: _Heads, v: _Heads,
+        out: _Heads, lse: int, cache: Cache, rotary: Rotary, rotary_ordered: bool, window_left: int,
+        window_right: int, softcap: float, scale: float, slopes: int, slopes_batch: int, sinks: int, mask_kind: int,
+        mask: int, mask_steps: tuple[int, ...], tree: int, num_threads: int, /,
+    ) -> None: ...
+
+def attention_workspace(call: Attention, /) -> int: ...
+def attention_forward(call: Attention, workspace: int, /) -> None: ...
+def kvcache_append(
+    sizes: tuple[int, int, int, int, int, int], dtype: int, k: _Heads, v: _Heads, k_cache: _Heads, v_cache: _Heads,
+    cache: Cache, rotary: Rotary, num_threads: int, /,
+) -> None: ...
+
 def read_bytes(source: int, bytes: int, num_threads: int, /) -> int: ...
 def copy_bytes(source: int, target: int, bytes: int, num_threads: int, /) -> None: ...
 
@@ -55,6 +81,5 @@ def composite_forward(
 ) -> None: ...
 def composite_backward(
     call: Composite, grad_features: int, grad_depth: int, grad_opacity: int, grad_distortion: int,
-    grad_weights: _Samples, sigmas: int, features: int, t_starts: int, t_ends: int, alphas: int, background: int,
-    prefix_trans: int, left: int, /,
-) -> None: ...
+    grad_weights: _Samples, /, *outputs: int,       # sigmas, features, t_starts, t_ends, alphas, background,
+) -> None: ...                                      # prefix_trans, left

@@ -123,8 +123,9 @@ def attention_with_kvcache(
         raise ValueError(
             f"tree_mask is {tree_mask.dtype} {tuple(tree_mask.shape)}, expected bool {(batch, longest, longest)}"
         )
-    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v), ("sinks", sinks)):
-        if x is not None and x.requires_grad and torch.is_grad_enabled():
+    differentiable = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "sinks": sinks}
+    for name, tensor in differentiable.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} requires a gradient: the cache is for inference, call it under torch.no_grad()")
     if workspace is not None and workspace.device != q.device:
         raise ValueError(f"workspace is on {workspace.device}, expected the device of q, {q.device}")

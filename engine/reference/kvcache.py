@@ -86,7 +86,7 @@ def kvcache_attention(
     keys = torch.arange(capacity, device=q.device).expand(batch, capacity)
     slots, valid = _slots(keys, torch.arange(batch, device=q.device)[:, None], k_cache, block_table, cache_batch_idx)
     valid = valid & (keys >= first[:, None]) & (keys < total[:, None])
-    gathered = [_read(cache, slots, valid) for cache in (k_cache, v_cache)]
+    keys_read, values_read = (_read(cache, slots, valid) for cache in (k_cache, v_cache))
 
     row = torch.arange(max_seqlen_q, device=q.device)
     distance = (total - count)[:, None, None] + row[:, None] - keys[:, None, :]  # [B, Sq, capacity]
@@ -99,7 +99,7 @@ def kvcache_attention(
             else allowed
         )
         allowed = allowed & (seen | (column < 0)[:, None, :])
-    out, lse = attend(padded, *gathered, distance, allowed, softcap, scale, alibi_slopes, sinks, None)
+    out, lse = attend(padded, keys_read, values_read, distance, allowed, softcap, scale, alibi_slopes, sinks, None)
     if cu_seqlens_q is None:
         return out, lse
     return out[rows, steps], lse.transpose(1, 2)[rows, steps].t().contiguous()
