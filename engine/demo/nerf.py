@@ -232,7 +232,7 @@ def run(device: torch.device, bar: Bar, quick: bool = False) -> Result:
             f"Frames of one set of weights differ by {error:.1e} at most. Trained through either side, a view that was "
             f"not learned from has {psnr[0]:.2f} dB (stock) and {psnr[1]:.2f} dB (onepass).",
             f"A training step takes {step_ms[0]:.1f} ms stock and {step_ms[1]:.1f} ms with onepass, a frame "
-            f"{frame_ms[0]:.1f} and {frame_ms[1]:.1f} ms. Reading the grid and its gradient are most of it.",
+            f"{frame_ms[0]:.1f} and {frame_ms[1]:.1f} ms.",
             "The op is compositing with the distortion loss, forward and backward in training, forward in frames. "
             "Times are medians of a step and a frame, times their numbers.",
         ],
