@@ -16,27 +16,13 @@ struct Tile {
   int64_t row, begin, end;
 };
 
-template <class Body>
-void for_each_tile(const Reparam& p, Body&& body) {
-  const int64_t tiles = (p.length + TILE - 1) / TILE;
-  const int64_t grain = p.length < TILE ? 1 + TILE / (p.length + 1) : 1;
-  parallel_for(p.rows * tiles, grain, p.num_threads, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t row = task / tiles, begin = task % tiles * TILE;
-      body(task, Tile{row, begin, begin + TILE < p.length ? begin + TILE : p.length});
-    }
-  });
-}
-
-// Normals of a tile. With one key for the whole tensor a tile may begin inside a block of four.
+// Normals of a run of elements of a row of random numbers, which may begin inside a block of four.
 struct Noise {
   float drawn[TILE + 2 * DRAW];
 
-  const float* of(const Reparam& p, const Tile& tile) {
-    const Key key = p.keys.at(p.keys_per_row ? tile.row : 0);
-    const int64_t start = (p.keys_per_row ? 0 : tile.row * p.length) + tile.begin;
-    const int64_t skip = start % 4, count = tile.end - tile.begin + skip;
-    for (int64_t i = 0; i < count; i += DRAW) {
+  const float* of(const Key& key, int64_t start, int64_t count) {
+    const int64_t skip = start % 4;
+    for (int64_t i = 0; i < count + skip; i += DRAW) {
       F32 x[4];
       draw<Distribution::normal>(key, key.offset + static_cast<uint64_t>((start + i) / 4), x);
       for (int j = 0; j < 4; ++j) store(drawn + i + j * W, x[j]);
@@ -45,6 +31,39 @@ struct Noise {
   }
 };
 
+// body(partial sum's index, tile, its normals or null). A long row is several tasks; short rows share one, and with one
+// key for the whole tensor they share its normals too.
+template <class Body>
+void for_each_tile(const Reparam& p, bool draws, Body&& body) {
+  if (p.length > TILE) {
+    const int64_t tiles = (p.length + TILE - 1) / TILE;
+    parallel_for(p.rows * tiles, 1, p.num_threads, [&](int64_t first, int64_t last) {
+      Noise noise;
+      for (int64_t task = first; task < last; ++task) {
+        const int64_t row = task / tiles, begin = task % tiles * TILE;
+        const Tile tile{row, begin, begin + TILE < p.length ? begin + TILE : p.length};
+        const int64_t start = (p.keys_per_row ? 0 : row * p.length) + begin;
+        body(task, tile, draws ? noise.of(p.keys.at(p.keys_per_row ? row : 0), start, tile.end - begin) : nullptr);
+      }
+    });
+    return;
+  }
+  const int64_t group = TILE / p.length, groups = (p.rows + group - 1) / group;
+  parallel_for(groups, 1, p.num_threads, [&](int64_t first, int64_t last) {
+    Noise noise;
+    for (int64_t g = first; g < last; ++g) {
+      const int64_t begin = g * group, end = begin + group < p.rows ? begin + group : p.rows;
+      const float* shared = nullptr;
+      if (draws && !p.keys_per_row) shared = noise.of(p.keys.at(0), begin * p.length, (end - begin) * p.length);
+      for (int64_t row = begin; row < end; ++row) {
+        const float* own = shared ? shared + (row - begin) * p.length : nullptr;
+        if (draws && p.keys_per_row) own = noise.of(p.keys.at(row), 0, p.length);
+        body(row, Tile{row, 0, p.length}, own);
+      }
+    }
+  });
+}
+
 template <class T>
 const T* row_of(const RowsIn& rows, const Tile& tile) {
   return static_cast<const T*>(rows.data) + tile.row * rows.step + tile.begin;
@@ -52,9 +71,7 @@ const T* row_of(const RowsIn& rows, const Tile& tile) {
 
 template <class T>
 void forward_as(const Reparam& p, T* z, double* partial) {
-  for_each_tile(p, [&](int64_t task, const Tile& tile) {
-    Noise noise;
-    const float* drawn = p.noise.data ? nullptr : noise.of(p, tile);
+  for_each_tile(p, !p.noise.data, [&](int64_t task, const Tile& tile, const float* drawn) {
     const T* given = p.noise.data ? row_of<T>(p.noise, tile) : nullptr;
     const T *mean = row_of<T>(p.mean, tile), *logvar = row_of<T>(p.logvar, tile);
     T* out = z + tile.row * p.length + tile.begin;
@@ -88,9 +105,7 @@ void forward(const Reparam& p, void* z, float* kl, double* partial) {
 template <class T>
 void backward_as(const Reparam& p, const RowsIn& grad_z, const float* grad_kl, T* grad_mean, T* grad_logvar,
                  T* grad_noise) {
-  for_each_tile(p, [&](int64_t, const Tile& tile) {
-    Noise noise;
-    const float* drawn = p.noise.data || !grad_z.data ? nullptr : noise.of(p, tile);
+  for_each_tile(p, grad_z.data && !p.noise.data, [&](int64_t, const Tile& tile, const float* drawn) {
     const T* given = p.noise.data ? row_of<T>(p.noise, tile) : nullptr;
     const T *mean = row_of<T>(p.mean, tile), *logvar = row_of<T>(p.logvar, tile);
     const T* dz = grad_z.data ? row_of<T>(grad_z, tile) : nullptr;

@@ -117,7 +117,8 @@ OP_INLINE float max_lane(F32 x) {
 #endif
 }
 
-// ---- memory: T is float, BF16 or F16; the _n forms touch n <= W elements and leave zeros in the other lanes ----
+// ---- memory: T is float, BF16 or F16; the _n forms touch the first n elements of a vector, all for n >= W and
+// none for n <= 0, and load zeros into the other lanes ----
 
 OP_INLINE F32 load(const float* p) {
   F32 x;
@@ -179,6 +180,14 @@ OP_INLINE F32 load(const Half* p) {
   return widen(half, Half{});
 }
 
+#if defined(__AVX512F__)
+OP_INLINE __mmask16 first(int n) { return static_cast<__mmask16>(n >= W ? 0xFFFF : n > 0 ? (1u << n) - 1 : 0); }
+OP_INLINE F32 load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+template <class Half>
+OP_INLINE F32 load_n(const Half* p, int n) {
+  return widen((U16)_mm256_maskz_loadu_epi16(first(n), p), Half{});
+}
+#else
 template <class T>
 OP_INLINE F32 load_n(const T* p, int n) {
   if (n >= W) return load(p);
@@ -186,6 +195,7 @@ OP_INLINE F32 load_n(const T* p, int n) {
   for (int i = 0; i < n; ++i) buffer[i] = p[i];
   return load(buffer);
 }
+#endif
 
 OP_INLINE void store(float* p, F32 x) { std::memcpy(p, &x, sizeof x); }
 
@@ -195,6 +205,13 @@ OP_INLINE void store(Half* p, F32 x) {
   std::memcpy(p, &half, sizeof half);
 }
 
+#if defined(__AVX512F__)
+OP_INLINE void store_n(float* p, F32 x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
+template <class Half>
+OP_INLINE void store_n(Half* p, F32 x, int n) {
+  _mm256_mask_storeu_epi16(p, first(n), (__m256i)narrow(x, Half{}));
+}
+#else
 template <class T>
 OP_INLINE void store_n(T* p, F32 x, int n) {
   if (n >= W) return store(p, x);
@@ -202,6 +219,7 @@ OP_INLINE void store_n(T* p, F32 x, int n) {
   store(buffer, x);
   for (int i = 0; i < n; ++i) p[i] = buffer[i];
 }
+#endif
 
 // ---- functions ----
 
