@@ -7,10 +7,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import venv
 from pathlib import Path
+
+import numpy
+import torch
 
 USE = """
 import json, sys, torch, onepass
@@ -36,7 +38,7 @@ def check(wheel: Path) -> None:
         installed = {p.name for p in site.iterdir() if not p.name.endswith(".dist-info")}
         assert installed == {"onepass"}, f"the wheel installs {sorted(installed)}, expected onepass alone"
         # torch and numpy come from the environment that runs this; its own onepass does not (no .pth is read there).
-        outer = os.pathsep.join(dict.fromkeys(sysconfig.get_path(p) for p in ("purelib", "platlib")))
+        outer = os.pathsep.join({str(Path(module.__file__).parents[1]) for module in (numpy, torch)})
         seen = subprocess.check_output(
             [python, "-c", USE], cwd=scratch, env={**os.environ, "PYTHONPATH": outer}, text=True
         ).split()
