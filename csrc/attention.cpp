@@ -11,7 +11,8 @@ const char* cache_fault(const Cache& c, int64_t batch, int64_t queries, int64_t 
     const int64_t length = c.seqlens ? c.seqlens[b] : c.keys, added = c.appended < 0 ? count : c.appended;
     const int64_t total = length + added;
     if (length < 0 || total > capacity) return "cache_seqlens";
-    if (rotary.cos && added && total > rotary.positions) return "cache_seqlens (beyond rotary_cos)";
+    const int64_t turned = added > count ? added : count;  // keys or queries, from `length` on
+    if (rotary.cos && turned && length + turned > rotary.positions) return "cache_seqlens (beyond rotary_cos)";
     if (c.leftpad && (c.leftpad[b] < 0 || c.leftpad[b] > total)) return "cache_leftpad";
     if (c.batch_idx && (c.batch_idx[b] < 0 || c.batch_idx[b] >= c.pages)) return "cache_batch_idx";
     if (c.block_table)

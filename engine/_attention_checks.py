@@ -138,7 +138,9 @@ def cache_values(
     tokens: int,                            # rows of q when ragged
     positions: int | None,                  # of the rotary table
 ) -> None:
-    """Raises ValueError where a value points outside the cache; call it only with `readable` tensors."""
+    """Raises ValueError where a value points outside the cache; values on a device are not read."""
+    if not readable(cache_seqlens, block_table, cache_batch_idx, cache_leftpad, cu_seqlens_q):
+        return
     lengths = cache_seqlens.tolist()
     counts = [max_seqlen_q] * len(lengths)
     if cu_seqlens_q is not None:
@@ -157,9 +159,10 @@ def cache_values(
                 f"cache_seqlens[{b}]={length} with {total - length} new keys: expected 0 to the capacity, {capacity}"
             )
     if positions is not None:
-        last = max((t if n else 0 for t, n in zip(totals, new, strict=True)), default=0)
+        turned = [max(pair) for pair in zip(new, counts, strict=True)]      # keys or queries, from the length on
+        last = max((a + n if n else 0 for a, n in zip(lengths, turned, strict=True)), default=0)
         if last > positions:
-            raise ValueError(f"rotary_cos has {positions} positions, the cache reaches position {last - 1}")
+            raise ValueError(f"rotary_cos has {positions} positions, this call reaches position {last - 1}")
     if cache_leftpad is not None:
         for b, pad in enumerate(cache_leftpad.tolist()):
             if not 0 <= pad <= totals[b]:
@@ -182,3 +185,27 @@ def cache_values(
             b, i = bad.nonzero()[0].tolist()
             page = int(block_table[b, i])
             raise ValueError(f"block_table[{b}, {i}]={page}: expected a page from 0 to {cache.shape[0] - 1}")
+
+
+def append_values(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_seqlens: Tensor, block_table: Tensor | None,
+    cache_batch_idx: Tensor | None, cache_leftpad: Tensor | None, cu_seqlens: Tensor | None, max_seqlen_q: int,
+    rotary_cos: Tensor | None, *rest: Any,
+) -> None:
+    """`cache_values` of the arguments of kvcache_append: also what only the attention after it reads."""
+    cache_values(
+        k_cache, cache_seqlens, k.shape[1] if cu_seqlens is None else -1, block_table, cache_batch_idx, cache_leftpad,
+        cu_seqlens, max_seqlen_q, k.shape[0], None if rotary_cos is None else rotary_cos.shape[0],
+    )
+
+
+def attention_values(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, appended: int, block_table: Tensor | None,
+    cache_batch_idx: Tensor | None, cache_leftpad: Tensor | None, cu_seqlens_q: Tensor | None, max_seqlen_q: int,
+    rotary_cos: Tensor | None, *rest: Any,
+) -> None:
+    """`cache_values` of the arguments of kvcache_attention."""
+    cache_values(
+        k_cache, cache_seqlens, appended, block_table, cache_batch_idx, cache_leftpad, cu_seqlens_q, max_seqlen_q,
+        q.shape[0], None if rotary_cos is None else rotary_cos.shape[0],
+    )

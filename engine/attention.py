@@ -131,15 +131,15 @@ def attention_with_kvcache(
         raise ValueError(f"workspace is on {workspace.device}, expected the device of q, {q.device}")
     check.is_out(out, (*q.shape[:-1], v_cache.shape[-1]), q.dtype, q.device)
     seqlens = _seqlens(cache_seqlens, batch, q)
-    values = (seqlens, block_table, cache_batch_idx, cache_leftpad, cu_seqlens_q)
-    if expect.readable(*values):
-        positions = None if rotary_cos is None else rotary_cos.shape[0]
-        expect.cache_values(k_cache, seqlens, appended, *values[1:], longest, q.shape[0], positions)
+    expect.cache_values(
+        k_cache, seqlens, appended, block_table, cache_batch_idx, cache_leftpad, cu_seqlens_q, longest, q.shape[0],
+        None if rotary_cos is None else rotary_cos.shape[0],
+    )
 
     if k is not None and v is not None:
         call(
-            "kvcache_append", k_cache, v_cache, k, v, seqlens, block_table, cache_batch_idx, cu_seqlens_q,
-            rotary_cos, rotary_sin, rotary_interleaved, backend=backend,
+            "kvcache_append", k_cache, v_cache, k, v, seqlens, block_table, cache_batch_idx, cache_leftpad,
+            cu_seqlens_q, longest, rotary_cos, rotary_sin, rotary_interleaved, backend=backend,
         )
     result, lse = call(
         "kvcache_attention", q, k_cache, v_cache, seqlens, appended, block_table, cache_batch_idx, cache_leftpad,

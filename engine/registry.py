@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from . import _attention_checks as expect
 from . import _supports as supports
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -43,6 +44,7 @@ class Op:
     schema: str                             # without the name; every op ends in `*, str? backend=None`
     public: str                             # the public functions that it serves
     impls: dict[str, Impl]
+    check: Callable[..., None] | None = None    # of the core arguments, before any implementation: may read values
 
 
 _KEYS = "SymInt seed, Tensor? seeds, SymInt stream, Tensor? streams, SymInt offset, Tensor? offsets"
@@ -117,13 +119,14 @@ _TABLE = [
     Op(
         "kvcache_append",
         "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens, Tensor? block_table, "
-        "Tensor? cache_batch_idx, Tensor? cu_seqlens, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "
-        "*, str? backend=None) -> ()",
+        "Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? cu_seqlens, SymInt max_seqlen_q, Tensor? rotary_cos, "
+        "Tensor? rotary_sin, bool rotary_interleaved, *, str? backend=None) -> ()",
         "attention_with_kvcache, the append",
         {
             "cpu": Impl("onepass._native.attention:kvcache_append", supports.kvcache_cpu, _CACHES),
             "reference": _reference("kvcache:kvcache_append"),
         },
+        check=expect.append_values,
     ),
     Op(
         "kvcache_attention",
@@ -136,6 +139,7 @@ _TABLE = [
             "cpu": Impl("onepass._native.attention:kvcache_attention", supports.kvcache_cpu, _CACHES),
             "reference": _reference("kvcache:kvcache_attention"),
         },
+        check=expect.attention_values,
     ),
     Op(
         "merge_attention",

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import onepass
+from onepass._native import attention as native
 
 from cases import FLOATS
 from helpers import ISAS, assert_as_good_as_torch, run_python
@@ -267,7 +268,7 @@ def test_traces():
     seqlens, table = kwargs["cache_seqlens"], kwargs["block_table"]
     k = randn(2, 3, 2, 32, seed=1)
     torch.library.opcheck(
-        torch.ops.onepass.kvcache_append.default, (k_cache, v_cache, k, k, seqlens, table, None, None, None, None, True)
+        torch.ops.onepass.kvcache_append.default, (k_cache, v_cache, k, k, seqlens, table, *(None,) * 3, 3, None, None, True)
     )
     args = (rows.q, k_cache, v_cache, seqlens, 0, table, None, None, None, 3, None, None, True, True, -1, -1, 0.0, 0.3)
     torch.library.opcheck(torch.ops.onepass.kvcache_attention.default, (*args, None, None, None))
@@ -304,7 +305,7 @@ def test_bad_input_writes_nothing():
         (r"cache_batch_idx is \[0, 2\], expected 0 to 1", {"cache_batch_idx": ints(0, 2)}),
         (r"cache_batch_idx is \[1, 1\]: two rows", {"cache_batch_idx": ints(1, 1)}),
         (
-            r"rotary_cos has 8 positions, the cache reaches position 11",
+            r"rotary_cos has 8 positions, this call reaches position 11",
             {"rotary_cos": ROTARY[0][:8], "rotary_sin": ROTARY[1][:8]},
         ),
         (r"rotary_cos has shape \(9, 17\)", {"rotary_cos": torch.ones(9, 17), "rotary_sin": torch.ones(9, 17)}),
@@ -342,4 +343,46 @@ def test_the_kernel_itself_refuses_what_points_outside():
     tail = (None, None, None, None, 3, None, None, True, True, -1, -1, 0.0, 0.3, None, None, None)
     seqlens = torch.tensor([2, 10**6], dtype=torch.int32)
     with pytest.raises(ValueError, match="cache_seqlens points outside the cache"):
+        native.kvcache_attention(rows.q, k_cache, v_cache, seqlens, 0, *tail)
+    with pytest.raises(ValueError, match=r"cache_seqlens\[1\]=1000000 with 0 new keys"):
         torch.ops.onepass.kvcache_attention(rows.q, k_cache, v_cache, seqlens, 0, *tail, backend="cpu")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("mode", ["compile", "autocast", "make_fx"])
+def test_traced_calls_refuse_bad_values_before_they_write(mode, backend):
+    rows = Rows(lengths=(2, 9))
+    k, v = randn(2, 3, 2, 32, seed=1), randn(2, 3, 2, 32, seed=2)
+    k_cache, v_cache, kwargs = rows.layout()
+    good = torch.tensor([0, 0], dtype=torch.int32)
+
+    def step(seqlens, pads):
+        return onepass.attention_with_kvcache(
+            rows.q, k_cache, v_cache, k, v, cache_seqlens=seqlens, cache_leftpad=pads, backend=backend
+        )
+
+    if mode == "compile":
+        run = torch.compile(step, backend="aot_eager", fullgraph=True)
+    elif mode == "make_fx":
+        run = torch.fx.experimental.proxy_tensor.make_fx(step)(kwargs["cache_seqlens"], good)
+    else:
+        run = torch.autocast("cpu", torch.bfloat16)(step)
+    before = k_cache.clone(), v_cache.clone()
+    bad_length, bad_pad = torch.tensor([2, 30], dtype=torch.int32), torch.tensor([0, 13], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"cache_seqlens\[1\]=30 with 3 new keys: expected 0 to the capacity, 19"):
+        run(bad_length, good)
+    with pytest.raises(ValueError, match=r"cache_leftpad\[1\]=13: expected 0 to the row's length, 12"):
+        run(kwargs["cache_seqlens"], bad_pad)
+    for now, then in zip((k_cache, v_cache), before, strict=True):
+        assert torch.equal(now.nan_to_num(7), then.nan_to_num(7))
+    run(kwargs["cache_seqlens"], good)
+    assert not torch.equal(k_cache.nan_to_num(7), before[0].nan_to_num(7)) or mode == "make_fx"
+
+
+def test_queries_stay_inside_the_rotary_table():
+    rows = Rows(lengths=(2, 9))
+    k_cache, v_cache, kwargs = rows.layout()
+    table = {"rotary_cos": ROTARY[0][:11], "rotary_sin": ROTARY[1][:11]}
+    k, v = randn(2, 1, 2, 32, seed=1), randn(2, 1, 2, 32, seed=2)
+    with pytest.raises(ValueError, match="rotary_cos has 11 positions, this call reaches position 11"):
+        onepass.attention_with_kvcache(rows.q, k_cache, v_cache, k, v, causal=True, **kwargs, **table)

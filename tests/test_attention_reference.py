@@ -285,8 +285,8 @@ def test_rotated_scores_depend_on_distance_alone(causal):
     for shift in (0, 6):
         caches = [torch.full((1, 20, 2, dim), math.nan, dtype=torch.float64) for _ in "kv"]
         start, rotary = torch.tensor([shift], dtype=torch.int32), (angles.cos(), angles.sin(), False)
-        kvcache.kvcache_append(*caches, k[:, :4], v[:, :4], start, None, None, None, *rotary)
-        kvcache.kvcache_append(*caches, k[:, 4:], v[:, 4:], start + 4, None, None, None, *rotary)
+        kvcache.kvcache_append(*caches, k[:, :4], v[:, :4], start, None, None, None, None, 3, *rotary)
+        kvcache.kvcache_append(*caches, k[:, 4:], v[:, 4:], start + 4, None, None, None, None, 3, *rotary)
         args = (3, None, None, start, None, 3, *rotary, causal, -1, -1, 0.0, 0.5)
         results.append(kvcache.kvcache_attention(q, *caches, start + 4, *args))
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)

@@ -277,9 +277,9 @@ void few_rows(const Unit& u, const Sizes& s, const Scratch& w, int64_t head, int
   const auto fetch = [&](int j, int n) {  // the same keys of the next tile, once a tile and head
     for (int i = j; r == 0 && i < j + n && i < ahead; ++i) {
       for (int64_t d = 0; d < p.head_dim * static_cast<int64_t>(sizeof(T)); d += 64)
-        __builtin_prefetch(w.key[KEYS + i] + key_bytes + d);
+        __builtin_prefetch(w.key[KEYS + i] + key_bytes + d, 0, 2);
       for (int64_t d = 0; d < p.value_dim * static_cast<int64_t>(sizeof(T)); d += 64)
-        __builtin_prefetch(w.value[KEYS + i] + value_bytes + d);
+        __builtin_prefetch(w.value[KEYS + i] + value_bytes + d, 0, 2);
     }
   };
   dots<T, DOT, R>(w.q + state * s.q_step, s.q_step, key, fetch, count, p.head_dim, w.scores, KEYS);

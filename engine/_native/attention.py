@@ -90,8 +90,8 @@ def forward(
 
 def kvcache_append(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_seqlens: Tensor, block_table: Tensor | None,
-    cache_batch_idx: Tensor | None, cu_seqlens: Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None,
-    rotary_interleaved: bool, out: None = None,
+    cache_batch_idx: Tensor | None, cache_leftpad: Tensor | None, cu_seqlens: Tensor | None, max_seqlen_q: int,
+    rotary_cos: Tensor | None, rotary_sin: Tensor | None, rotary_interleaved: bool, out: None = None,
 ) -> None:
     if not k.numel():
         return

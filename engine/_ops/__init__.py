@@ -20,6 +20,8 @@ def _define(op: registry.Op) -> None:
     library.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*args: Any, backend: str | None = None) -> Any:
+        if op.check is not None:                # the public function may have seen fakes
+            op.check(*args)
         return registry.resolve(op.name, args, backend)(*args)
 
     library.impl(op.name, run, "CompositeExplicitAutograd")

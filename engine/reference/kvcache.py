@@ -21,7 +21,9 @@ def kvcache_append(
     cache_seqlens: Tensor,  # [B] int32, keys in the cache before the append
     block_table: Tensor | None = None,  # [B, blocks] int32
     cache_batch_idx: Tensor | None = None,  # [B] int32, the cache row of each batch row
+    cache_leftpad: Tensor | None = None,  # [B] int32; as max_seqlen_q, of the attention that follows: checked with it
     cu_seqlens: Tensor | None = None,  # [B + 1] int32
+    max_seqlen_q: int = 0,
     rotary_cos: Tensor | None = None,  # [positions, rotary_dim / 2]
     rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = True,
