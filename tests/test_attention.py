@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import pytest
@@ -86,9 +87,17 @@ def core(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs) -> tuple[t
     return torch.einsum("bhij,bjhd->bihd", probs, v), lse
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("case", ATTENTION, ids=str)
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def sweep():
+    """Every option with every small case; of the large ones some, the rest is slow."""
+    for backend, case, option in itertools.product(("cpu", "reference"), ATTENTION, OPTIONS):
+        b, sq, sk, h, _, d, _ = case
+        large = b * sq * sk * h * d > 1_000_000
+        quick = not large or (backend == "cpu" and option in ("none", "causal", "many"))
+        marks = () if quick else pytest.mark.slow
+        yield pytest.param(case, option, backend, id=f"{backend}-{case}-{option}", marks=marks)
+
+
+@pytest.mark.parametrize(("case", "option", "backend"), sweep())
 def test_as_good_as_torch(case, option, backend):
     for dtype in FLOATS:
         q, k, v = inputs(case, dtype)
