@@ -82,7 +82,7 @@ sanitize: build
 		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath $(SANITIZED))/package/onepass
 	$(BIN)/cmake --build $(SANITIZED)
 	PYTHONPATH=$(abspath $(SANITIZED))/package ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+		LD_PRELOAD="$$(for name in libasan libubsan libstdc++; do $${CXX:-c++} -print-file-name=$$name.so; done | xargs)" \
 		$(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow and not gpu" $(SANITIZED_TESTS)
 
 clean:
