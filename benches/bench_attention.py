@@ -110,7 +110,7 @@ def _case(
         dtype=dtype,
         make=make,
         implementations=runs,
-        reference=lambda *args: ours(*args, backend="reference"),
+        reference=lambda q, k, v, last: ours(q, k, v, last, backend="reference"),
         reads=(queries * heads + 2 * keys * kv_heads) * dim * size,
         writes=queries * heads * dim * size,
         flops=4 * heads * dim * queries * keys // (2 if queries == keys else 1),
