@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc -type f -not -name '*.md')
 SANITIZED := build/sanitize
-SANITIZED_TESTS := $(filter-out %_plans.py %_reference.py,$(wildcard tests/test_attention*.py tests/test_denoise*.py)) \
-	tests/test_reparam.py tests/test_rng.py tests/test_volrend.py -k "not compile and not library_op and not fake"
+SANITIZED_TESTS := $(filter-out %_plans.py %_reference.py,$(wildcard tests/test_attention*.py tests/test_denoise*.py tests/test_volrend*.py)) \
+	tests/test_reparam.py tests/test_rng.py -k "not compile and not library_op and not fake"
 
 .PHONY: help build demo test test-all bench lint format docs gpu-check sanitize clean
 help:

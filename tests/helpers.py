@@ -5,12 +5,15 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch import Tensor
 
 from onepass import _native
 
 ISAS: tuple[str, ...] = () if _native.error else tuple(_native._C.usable_isas)
+needs_native = pytest.mark.skipif(not ISAS, reason="no native extension")
+BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]
 
 
 def assert_as_good_as_torch(got: Tensor, same_dtype: Tensor, truth: Tensor, name: str = "result") -> None:

@@ -15,10 +15,8 @@ from onepass.plans import Row
 from onepass.plans.plan import Level
 
 import cases
-from helpers import ISAS, assert_as_good_as_torch, run_python
+from helpers import BACKENDS, ISAS, assert_as_good_as_torch, needs_native, run_python
 
-BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not ISAS, reason="no native extension"))]
-needs_native = pytest.mark.skipif(not ISAS, reason="no native extension")
 NOISE = 2 << 56         # the stream of step 0
 
 

@@ -8,9 +8,8 @@ import torch
 import onepass
 from onepass import registry
 
-from helpers import ISAS, run_python
+from helpers import needs_native, run_python
 
-needs_native = pytest.mark.skipif(not ISAS, reason="no native extension")
 ZERO = torch.zeros(2, 3)
 
 

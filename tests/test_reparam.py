@@ -12,10 +12,8 @@ import onepass
 from onepass.reference import reparam as reference
 
 import cases
-from helpers import ISAS, assert_as_good_as_torch, run_python
+from helpers import BACKENDS, ISAS, assert_as_good_as_torch, needs_native, run_python
 
-BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not ISAS, reason="no native extension"))]
-needs_native = pytest.mark.skipif(not ISAS, reason="no native extension")
 KEY = (0, None, 0, None, 0, None)
 
 

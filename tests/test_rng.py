@@ -12,10 +12,9 @@ import onepass
 from onepass import rng
 from onepass.reference import rng as reference
 
-from helpers import ISAS, run_python
+from helpers import BACKENDS, ISAS, needs_native, run_python
 
 FUNCTIONS = {name: getattr(rng, name) for name in reference.DISTRIBUTIONS}
-needs_native = pytest.mark.skipif(not ISAS, reason="no native extension")
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), [       # Random123's kat_vectors for philox4x32-10
@@ -39,7 +38,7 @@ GOLDEN = {      # float32 bits of elements 0 to 7, seed 0x123456789ABCDEF0, stre
 }
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_golden_words(name, backend):
     drawn = FUNCTIONS[name](
@@ -127,7 +126,7 @@ def test_the_error_over_every_word_is_below_two_ulp():
     assert max(rng_error.measure(stride=1).values()) < 2
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_offsets_and_prefixes(backend):
     """A row has the bits it has alone; a longer draw begins with the shorter one; offset skips blocks of four."""
     seeds = torch.tensor([5, -1, 2**40, 5])
@@ -157,7 +156,7 @@ def test_strided_keys_and_thread_counts():
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_out_takes_views_and_nothing_else_changes(backend):
     base = torch.full((6, 40), math.nan)
     view = base[1:5, 3:37]
