@@ -229,32 +229,39 @@ void soften(const Attention& p, const Row& row, int64_t i, int64_t h, int64_t at
   const F32 lanes = to_f32((I32)iota());
   const F32 low = splat(static_cast<float>(seen.low)), high = splat(static_cast<float>(seen.high));
   const F32 distance = splat(static_cast<float>(row.place(i) - at)) - lanes;
+  const bool plain = !(p.softcap > 0 || p.slopes || biased);
+  const auto masked = [&](F32 y, int n) {
+    const F32 key = lanes + static_cast<float>(n * W);
+    y = key < low ? splat(EMPTY) : y;
+    return key < high ? y : splat(EMPTY);
+  };
   F32 x[KEYS / W], best = splat(EMPTY);
 #pragma GCC unroll 4
   for (int n = 0; n < KEYS / W; ++n) {
-    x[n] = load(scores + n * W) * p.scale;
+    const F32 score = load(scores + n * W);
+    x[n] = score * p.scale;
     if (p.softcap > 0) x[n] = p.softcap * tanh(x[n] / p.softcap);
     if (p.slopes) {
       const F32 away = distance - static_cast<float>(n * W);
-      x[n] -= slope * max(away, -away);
+      x[n] = fma(splat(-slope), max(away, -away), x[n]);
     }
     if (biased) {
       const F32 extra = load(bias + n * W);
       x[n] = extra == EMPTY ? splat(EMPTY) : x[n] + extra;
     }
-    if (cut) {
-      const F32 key = lanes + static_cast<float>(n * W);
-      x[n] = key < low ? splat(EMPTY) : x[n];
-      x[n] = key < high ? x[n] : splat(EMPTY);
-    }
+    if (cut) x[n] = masked(x[n], n);
     best = max(x[n], best);
+    if (plain) x[n] = score;
   }
   const float highest = max_lane(best), next = highest > *top ? highest : *top;
   const float shift = next == EMPTY ? 0.0f : next;
   F32 sums{};
 #pragma GCC unroll 4
   for (int n = 0; n < KEYS / W; ++n) {
-    const F32 y = exp_negative(x[n] - shift);
+    // Scaled and shifted in one rounding, of the difference: that of the product would be an error of the exponent.
+    F32 over = plain ? fma(x[n], splat(p.scale), splat(-shift)) : x[n] - shift;
+    if (plain && cut) over = masked(over, n);
+    const F32 y = exp_negative(over);
     sums += y;
     if constexpr (DOT)
       store(reinterpret_cast<BF16*>(scores) + n * W, y);
@@ -314,17 +321,13 @@ void many(const Unit& u, const Sizes& s, const Scratch& w, int64_t at, int count
                       s.c_step, w.values);
   constexpr int PAIR = DOT ? 2 : 1;
   const int64_t vectors = (p.value_dim + W - 1) / W, words = (p.head_dim + PAIR - 1) / PAIR;
-  constexpr int64_t SUM = 32;  // products added in a row before they join the score: half the error of adding them all
-  static constexpr float ones[ROWS] = {1, 1, 1, 1, 1, 1};
   for (int64_t r = 0; r < rows; r += ROWS) {
     const int n = static_cast<int>(least(ROWS, rows - r));
     const int64_t line = u.from + r;
     const int low = span(p, u.row, line / group, at, count).low;
     const int high = span(p, u.row, (line + n - 1) / group, at, count).high;
     if (low >= high) continue;  // no row of the block sees the tile: their states stay
-    for (int64_t d = 0; d < words; d += SUM)
-      product<DOT>(n, w.q + r * s.q_step + d, s.q_step, w.keys + d * KEYS, KEYS, least(SUM, words - d),
-                   d ? ones : nullptr, w.scores, KEYS, KEYS / W);
+    product<DOT>(n, w.q + r * s.q_step, s.q_step, w.keys, KEYS, words, nullptr, w.scores, KEYS, KEYS / W);
     for (int m = 0; m < n; ++m)
       soften<DOT>(p, u.row, (line + m) / group, u.head * group + (line + m) % group, at, count, w.scores + m * KEYS,
                   w.top + r + m, w.total + r + m, w.alpha + m);
@@ -347,13 +350,13 @@ void finish_row(const Attention& p, const Row& row, int64_t i, int64_t h, const 
     top = next;
   }
   const bool none = total == 0;
-  const F32 factor = splat(none ? 0.0f : shrink / total);
+  const F32 kept = splat(none ? 0.0f : shrink), whole = splat(none ? 1.0f : total);
   const bool ragged = p.cache.cu_seqlens != nullptr;
   const int64_t token = ragged ? p.cache.cu_seqlens[row.b] + i : i;
   T* out = static_cast<T*>(const_cast<void*>(p.out.data)) + (ragged ? 0 : row.b * p.out.batch) + token * p.out.step +
            h * p.out.head;
   for (int64_t d = 0; d < p.value_dim; d += W)
-    store_n(out + d, load(c + d) * factor, static_cast<int>(least(W, p.value_dim - d)));
+    store_n(out + d, load(c + d) * kept / whole, static_cast<int>(least(W, p.value_dim - d)));
   const int64_t at = ragged ? h * p.tokens + token : (row.b * p.heads + h) * p.queries + i;
   p.lse[at] = none ? EMPTY : top + static_cast<float>(__builtin_log(static_cast<double>(total)));
 }

@@ -101,27 +101,56 @@ OP_INLINE F32 words(const T* row, int64_t at, int64_t dim) {
 
 // ---- products ----
 
+// Sums are short chains, or error grows with their length: CHAIN words are added in a row, and a lone column of
+// vectors, which has registers to spare, is summed in WAYS interleaved parts.
+template <bool DOT>
+inline constexpr int64_t CHAIN = DOT ? 32 : 16;
+template <bool DOT, int N>
+inline constexpr int WAYS = !DOT && N == 1 ? 4 : 1;
+
+template <int WAYS>
+OP_INLINE F32 total(const F32 (&part)[WAYS]) {
+  if constexpr (WAYS == 4)
+    return (part[0] + part[1]) + (part[2] + part[3]);
+  else
+    return part[0];
+}
+
 // R rows of c[N vectors] = alpha c + a b: a [R][depth] words, b [depth][N vectors]; alpha null: c is not read.
 template <bool DOT, int R, int N>
 OP_INLINE void block(const float* a, int64_t a_step, const float* b, int64_t b_step, int64_t depth, const float* alpha,
                      float* c, int64_t c_step) {
-  F32 acc[R][N] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    F32 column[N];
+  constexpr int PARTS = WAYS<DOT, N>;
+  constexpr int64_t STEP = CHAIN<DOT> * PARTS;
+  for (int64_t k = 0; k < depth;) {
+    const bool first = k == 0;
+    const int64_t end = depth - k < STEP ? depth : k + STEP;
+    F32 acc[R][N][PARTS] = {};
+    const auto add = [&](int64_t k, int part) {
+      F32 column[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) column[n] = load(b + k * b_step + n * W);
+      for (int n = 0; n < N; ++n) column[n] = load(b + k * b_step + n * W);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) acc[r][n][part] = multiply_add<DOT>(a + r * a_step + k, column[n], acc[r][n][part]);
+    };
+    for (; k + PARTS <= end; k += PARTS)
+#pragma GCC unroll 4
+      for (int part = 0; part < PARTS; ++part) add(k + part, part);
+    for (; k < end; ++k) add(k, 0);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) acc[r][n] = multiply_add<DOT>(a + r * a_step + k, column[n], acc[r][n]);
+      for (int n = 0; n < N; ++n) {
+        float* at = c + r * c_step + n * W;
+        const F32 sum = total(acc[r][n]);
+        if (!first)
+          store(at, load(at) + sum);
+        else
+          store(at, alpha ? fma(load(at), splat(alpha[r]), sum) : sum);
+      }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
-      float* at = c + r * c_step + n * W;
-      store(at, alpha ? fma(load(at), splat(alpha[r]), acc[r][n]) : acc[r][n]);
-    }
 }
 
 // Registers: 24 sums, 4 columns and a word with 32 of them; 12, 2 and 1 with 16.
@@ -226,47 +255,59 @@ OP_INLINE void dots(const float* q, int64_t q_step, Row&& row, Ahead&& ahead, in
 template <class T, bool DOT, int R, int N, class Row>
 OP_INLINE void weigh_part(const float* p, int64_t p_step, Row&& row, int count, int64_t dim, int64_t at,
                           const float* alpha, float* c, int64_t c_step) {
-  F32 acc[R][N] = {};
+  constexpr int PARTS = WAYS<DOT, N>, STEP = CHAIN<DOT> * PER_WORD<T, DOT> * PARTS;
+  for (int j = 0; j < count;) {
+    const bool first = j == 0;
+    const int end = count - j < STEP ? count : j + STEP;
+    F32 acc[R][N][PARTS] = {};
 #if defined(__AVX512BF16__)
-  if constexpr (DOT) {
-    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
-                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-    for (int j = 0; j < count; j += 2) {
-      const T *even = row(j), *odd = row(j + 1 < count ? j + 1 : j);
-      const bool lone = j + 1 >= count;
-      F32 pair[N];
+    if constexpr (DOT) {
+      const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                             37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+      const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+      for (; j < end; j += 2) {
+        const T *even = row(j), *odd = row(j + 1 < count ? j + 1 : j);
+        const bool lone = j + 1 >= count;
+        F32 pair[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; n += 2) {
-        const __m512i a = (__m512i)words<T, true>(even, at + n * W, dim);
-        const __m512i b = lone ? _mm512_setzero_si512() : (__m512i)words<T, true>(odd, at + n * W, dim);
-        pair[n] = (F32)_mm512_permutex2var_epi16(a, first, b);
-        pair[n + 1] = (F32)_mm512_permutex2var_epi16(a, second, b);
+        for (int n = 0; n < N; n += 2) {
+          const __m512i a = (__m512i)words<T, true>(even, at + n * W, dim);
+          const __m512i b = lone ? _mm512_setzero_si512() : (__m512i)words<T, true>(odd, at + n * W, dim);
+          pair[n] = (F32)_mm512_permutex2var_epi16(a, first, b);
+          pair[n + 1] = (F32)_mm512_permutex2var_epi16(a, second, b);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+          for (int n = 0; n < N; ++n) acc[r][n][0] = multiply_add<true>(p + r * p_step + j / 2, pair[n], acc[r][n][0]);
       }
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) acc[r][n] = multiply_add<true>(p + r * p_step + j / 2, pair[n], acc[r][n]);
-    }
-  } else
+    } else
 #endif
-    for (int j = 0; j < count; ++j) {
-      const T* value = row(j);
-      F32 x[N];
+    {
+      const auto add = [&](int j, int part) {
+        const T* value = row(j);
+        F32 x[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) x[n] = words<T, false>(value, at + n * W, dim);
+        for (int n = 0; n < N; ++n) x[n] = words<T, false>(value, at + n * W, dim);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r)
+        for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) acc[r][n] = multiply_add<false>(p + r * p_step + j, x[n], acc[r][n]);
+          for (int n = 0; n < N; ++n) acc[r][n][part] = multiply_add<false>(p + r * p_step + j, x[n], acc[r][n][part]);
+      };
+      for (; j + PARTS <= end; j += PARTS)
+#pragma GCC unroll 4
+        for (int part = 0; part < PARTS; ++part) add(j + part, part);
+      for (; j < end; ++j) add(j, 0);
     }
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      float* sum = c + r * c_step + at + n * W;
-      store(sum, fma(load(sum), splat(alpha[r]), acc[r][n]));
-    }
+      for (int n = 0; n < N; ++n) {
+        float* sum = c + r * c_step + at + n * W;
+        const F32 added = total(acc[r][n]);
+        store(sum, first ? fma(load(sum), splat(alpha[r]), added) : load(sum) + added);
+      }
+  }
 }
 
 template <class T, bool DOT, int R, class Row>
