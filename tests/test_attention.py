@@ -139,6 +139,7 @@ for case in ATTENTION[2:6]:
 def test_views_with_strides_and_offsets(data):
     number = lambda low, high: data.draw(st.integers(low, high))
     b, sq, sk, hkv, group, d = number(2, 3), number(8, 20), number(1, 150), number(1, 3), number(1, 5), number(1, 70)
+    sq = max(sq, -(-1000 // (b * hkv * group * d)))     # the rule compares the largest errors: of a few outputs, luck
     dtype = data.draw(st.sampled_from(FLOATS))
 
     def view(s: int, h: int, seed: int) -> torch.Tensor:
@@ -333,12 +334,20 @@ def test_bad_input_says_what_and_why():
             call()
 
 
-@pytest.mark.skipif(not ISAS, reason="no native extension")
-@pytest.mark.xfail(strict=ISAS[-1:] == ("avx512_bf16",), reason="float32 error 7.1e-7, allowed 6.5e-7")
-def test_known_breach_of_the_error_rule():
-    """Found by drawing: B2 Sq14 Sk67 H2/1 D15. The kernel is to be mended, not the rule."""
+@pytest.mark.parametrize("case", [(2, 14, 67, 2, 2, 15, 15), (2, 256, 67, 1, 1, 2, 2), (2, 512, 150, 1, 1, 1, 1)])
+def test_few_channels_are_as_good_as_torch(case):
+    """Where PyTorch adds products in several short chains, one long chain breaks the rule."""
+    for seed in range(20):
+        b, sq, sk, h, hkv, d, dv = case
+        q = randn(b, sq, h, d, seed=seed)
+        k, v = randn(b, sk, hkv, d, seed=seed + 100), randn(b, sk, hkv, dv, seed=seed + 200)
+        truth = onepass.attention(q.double(), k.double(), v.double(), backend="reference")
+        assert_as_good_as_torch(onepass.attention(q, k, v, backend="cpu"), core(q, k, v)[0], truth)
+
+
+def test_a_drawn_example_that_one_long_chain_breaks():
     q = randn(15, 3, 3, 15, seed=1).permute(1, 0, 2, 3)[1:, 1:, 1:]
     k = randn(3, 68, 2, 17, seed=2)[1:, 1:, 1:, 2:]
     v = randn(3, 68, 2, 15, seed=3)[1:, 1:, 1:]
     truth = onepass.attention(q.double(), k.double(), v.double(), backend="reference")
-    assert_as_good_as_torch(onepass.attention(q, k, v, backend="cpu"), core(q, k, v, causal=False)[0], truth)
+    assert_as_good_as_torch(onepass.attention(q, k, v, backend="cpu"), core(q, k, v)[0], truth)
