@@ -5,7 +5,7 @@ OUT ?= gpu_check_out
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
-CXX_SOURCES := $(shell find csrc -type f -not -name '*.md')
+CXX_SOURCES := $(shell find csrc tests/gpuless/cuda -type f -regex '.*\.\(h\|cpp\|cuh\|cu\)')
 SANITIZED := build/sanitize
 SANITIZED_TESTS := $(filter-out %_plans.py %_reference.py,$(wildcard tests/test_attention*.py tests/test_denoise*.py tests/test_volrend*.py)) \
 	tests/test_reparam.py tests/test_rng.py -k "not compile and not library_op and not fake"
