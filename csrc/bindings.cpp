@@ -5,8 +5,10 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -107,16 +109,21 @@ using KeyArgument = std::tuple<int64_t, Pointer, int64_t>;
 
 KeyPart key_part(const KeyArgument& a) { return {std::get<0>(a), at<const int64_t>(std::get<1>(a)), std::get<2>(a)}; }
 
-Keys keys(const KeyArgument& seed, const KeyArgument& stream, const KeyArgument& offset) {
+// Of seed, stream and offset; None where no number is drawn.
+using KeysArgument = std::optional<std::tuple<KeyArgument, KeyArgument, KeyArgument>>;
+
+Keys keys(const KeysArgument& a) {
+  if (!a) return {};
+  const auto& [seed, stream, offset] = *a;
   return {key_part(seed), key_part(stream), key_part(offset)};
 }
 
 void bind_rng(py::module_& m) {
-  m.def("rng_fill", [](int distribution, const KeyArgument& seed, const KeyArgument& stream, const KeyArgument& offset,
-                       int64_t rows, int64_t length, int dtype, Pointer out, int num_threads) {
-    const Keys key = keys(seed, stream, offset);
+  m.def("rng_fill", [](int distribution, const KeysArgument& key, int64_t rows, int64_t length, int dtype, Pointer out,
+                       int num_threads) {
+    const Keys of = keys(key);
     py::gil_scoped_release nogil;
-    kernels.rng.fill(static_cast<Distribution>(distribution), key, rows, length, static_cast<DType>(dtype),
+    kernels.rng.fill(static_cast<Distribution>(distribution), of, rows, length, static_cast<DType>(dtype),
                      at<void>(out), num_threads);
   });
 }
@@ -126,31 +133,40 @@ using RowsArgument = std::pair<Pointer, int64_t>;
 
 RowsIn rows_in(const RowsArgument& a) { return {at<const void>(a.first), a.second}; }
 
+// Pointers and steps one by one: unpacking tuples costs more than the rest of the call.
+Reparam reparam(int64_t rows, int64_t length, int dtype, Pointer mean, int64_t mean_step, Pointer logvar,
+                int64_t logvar_step, Pointer noise, int64_t noise_step, const KeysArgument& key, bool keys_per_row,
+                int num_threads) {
+  return {rows,
+          length,
+          static_cast<DType>(dtype),
+          {at<const void>(mean), mean_step},
+          {at<const void>(logvar), logvar_step},
+          {at<const void>(noise), noise_step},
+          keys(key),
+          keys_per_row,
+          num_threads};
+}
+
 void bind_reparam(py::module_& m) {
   m.attr("KL_TILE") = KL_TILE;
-  py::class_<Reparam>(m, "Reparam")
-      .def(py::init([](int64_t rows, int64_t length, int dtype, RowsArgument mean, RowsArgument logvar,
-                       RowsArgument noise, const KeyArgument& seed, const KeyArgument& stream,
-                       const KeyArgument& offset, bool keys_per_row, int num_threads) {
-        return Reparam{rows,
-                       length,
-                       static_cast<DType>(dtype),
-                       rows_in(mean),
-                       rows_in(logvar),
-                       rows_in(noise),
-                       keys(seed, stream, offset),
-                       keys_per_row,
-                       num_threads};
-      }));
-  m.def("reparam_forward", [](const Reparam& p, Pointer z, Pointer kl, Pointer partial) {
+  m.def("reparam_forward", [](int64_t rows, int64_t length, int dtype, Pointer mean, int64_t mean_step, Pointer logvar,
+                              int64_t logvar_step, Pointer noise, int64_t noise_step, const KeysArgument& key,
+                              bool keys_per_row, int num_threads, Pointer z, Pointer kl, Pointer partial) {
+    const Reparam p = reparam(rows, length, dtype, mean, mean_step, logvar, logvar_step, noise, noise_step, key,
+                              keys_per_row, num_threads);
     py::gil_scoped_release nogil;
     kernels.reparam.forward(p, at<void>(z), at<float>(kl), at<double>(partial));
   });
-  m.def("reparam_backward", [](const Reparam& p, RowsArgument grad_z, Pointer grad_kl, Pointer grad_mean,
-                               Pointer grad_logvar, Pointer grad_noise) {
+  m.def("reparam_backward", [](int64_t rows, int64_t length, int dtype, Pointer mean, int64_t mean_step, Pointer logvar,
+                               int64_t logvar_step, Pointer noise, int64_t noise_step, const KeysArgument& key,
+                               bool keys_per_row, int num_threads, Pointer grad_z, int64_t grad_z_step, Pointer grad_kl,
+                               Pointer grad_mean, Pointer grad_logvar, Pointer grad_noise) {
+    const Reparam p = reparam(rows, length, dtype, mean, mean_step, logvar, logvar_step, noise, noise_step, key,
+                              keys_per_row, num_threads);
     py::gil_scoped_release nogil;
-    kernels.reparam.backward(p, rows_in(grad_z), at<const float>(grad_kl), at<void>(grad_mean), at<void>(grad_logvar),
-                             at<void>(grad_noise));
+    kernels.reparam.backward(p, {at<const void>(grad_z), grad_z_step}, at<const float>(grad_kl), at<void>(grad_mean),
+                             at<void>(grad_logvar), at<void>(grad_noise));
   });
 }
 

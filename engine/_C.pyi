@@ -1,6 +1,7 @@
 """Native kernels: see csrc/bindings.cpp. Pointers are integers, 0 for none."""
 
 _Key = tuple[int, int, int]     # number, pointer to int64 values, step from row to row
+_Keys = tuple[_Key, ...]       # of seed, stream and offset
 _Rows = tuple[int, int]         # pointer, elements from one row to the next
 
 isa: str
@@ -14,19 +15,16 @@ MAX_HISTORY: int
 def cuda_devices() -> list[str]: ...
 
 def rng_fill(
-    distribution: int, seed: _Key, stream: _Key, offset: _Key, rows: int, length: int, dtype: int, out: int,
-    num_threads: int, /,
+    distribution: int, keys: _Keys, rows: int, length: int, dtype: int, out: int, num_threads: int, /
 ) -> None: ...
-
-class Reparam:
-    def __init__(
-        self, rows: int, length: int, dtype: int, mean: _Rows, logvar: _Rows, noise: _Rows, seed: _Key, stream: _Key,
-        offset: _Key, keys_per_row: bool, num_threads: int, /,
-    ) -> None: ...
-
-def reparam_forward(call: Reparam, z: int, kl: int, partial: int, /) -> None: ...
+def reparam_forward(
+    rows: int, length: int, dtype: int, mean: int, mean_step: int, logvar: int, logvar_step: int, noise: int,
+    noise_step: int, keys: _Keys | None, keys_per_row: bool, num_threads: int, z: int, kl: int, partial: int, /,
+) -> None: ...
 def reparam_backward(
-    call: Reparam, grad_z: _Rows, grad_kl: int, grad_mean: int, grad_logvar: int, grad_noise: int, /
+    rows: int, length: int, dtype: int, mean: int, mean_step: int, logvar: int, logvar_step: int, noise: int,
+    noise_step: int, keys: _Keys | None, keys_per_row: bool, num_threads: int, grad_z: int, grad_z_step: int,
+    grad_kl: int, grad_mean: int, grad_logvar: int, grad_noise: int, /,
 ) -> None: ...
 
 def denoise_step(

@@ -1,6 +1,7 @@
 """Argument checks that the public functions share. Each error names the argument, what came and what is allowed."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def is_like(name: str, x: Any, other_name: str, other: Tensor) -> None:
 
 
 def is_out(
-    x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, name: str = "out"
+    x: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device, name: str = "out"
 ) -> None:
     """x may take a result of that shape, dtype and device, or is None."""
     if x is None:

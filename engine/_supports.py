@@ -8,15 +8,17 @@ from torch import Tensor
 
 from . import _native
 
+# What an argument of a core op is where it is no tensor: told apart by type, which is quicker than isinstance.
+SCALARS = frozenset((int, float, bool, type(None), str, list, torch.dtype, torch.device))
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def native_cpu(*tensors: Tensor | None) -> str | None:
+def native_cpu(*args: Any) -> str | None:
     """The part that every CPU kernel asks: the extension is there and each tensor is in host memory."""
     if _native.error is not None:
         return _native.error
-    for x in tensors:
-        if x is not None and not x.is_cpu:
+    for x in args:
+        if type(x) not in SCALARS and isinstance(x, Tensor) and not x.is_cpu:
             return f"a tensor is on {x.device}, the kernel reads host memory"
     return None
 
@@ -25,10 +27,9 @@ def cpu_dtype(dtype: torch.dtype) -> str | None:
     return None if dtype in _CPU_DTYPES else f"dtype is {dtype}, the kernel takes float32, bfloat16 and float16"
 
 
-def floats_cpu(*args: Any) -> str | None:
-    """Host tensors whose first one has a dtype that the kernels know."""
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    return native_cpu(*tensors) or cpu_dtype(tensors[0].dtype)
+def floats_cpu(x: Tensor, *args: Any) -> str | None:
+    """Host tensors, the first of a dtype that the kernels know."""
+    return native_cpu(x, *args) or cpu_dtype(x.dtype)
 
 
 def rng_cpu(shape: Any, distribution: str, seed: int, seeds: Tensor | None, stream: int, streams: Tensor | None,
@@ -57,10 +58,10 @@ def denoise_cpu(sample: Tensor, model_output: Tensor, *args: Any) -> str | None:
 
 def composite_cpu(*args: Any) -> str | None:
     """Host tensors, each of a dtype that the kernels know: they may differ, times are often float32."""
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    if why := native_cpu(*tensors):
+    if why := native_cpu(*args):
         return why
-    return next((why for x in tensors if x.dtype != torch.int64 and (why := cpu_dtype(x.dtype))), None)
+    floats = (x.dtype for x in args if isinstance(x, Tensor) and x.dtype != torch.int64)
+    return next((why for dtype in floats if (why := cpu_dtype(dtype))), None)
 
 
 def kvcache_cpu(*args: Any) -> str | None:

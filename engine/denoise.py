@@ -52,7 +52,7 @@ def denoise_step(
         sample, m, cond, plan.table, *_step(step, plan, sample), _state(state, plan, sample),
         *_guidance(guidance, sample), *_seed(seed, noise, plan, sample), plan.stochastic, *_known(mask, known, sample),
     )
-    check.is_out(out, tuple(sample.shape), sample.dtype, sample.device)
+    check.is_out(out, sample.shape, sample.dtype, sample.device)
     if _differentiates(sample, m, cond, state, guidance, noise, mask, known):
         if not torch.compiler.is_compiling():
             registry.choose("denoise_step", args, backend)          # raises where a kernel was asked for

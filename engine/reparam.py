@@ -48,7 +48,7 @@ def reparameterize(
     Raises ValueError or TypeError where shapes, dtypes or devices differ, or where both noise and seed are given.
     """
     args = _core_arguments(mean, logvar, noise, seed, stream, offset)
-    check.is_out(out, tuple(mean.shape), mean.dtype, mean.device)
+    check.is_out(out, mean.shape, mean.dtype, mean.device)
     return call("reparameterize", *args, False, backend=backend, out=None if out is None else (out, None))[0]
 
 
@@ -70,7 +70,7 @@ def reparameterize_kl(
     """
     check.one_of("reduction", reduction, ("row", "sum", "mean"))
     args = _core_arguments(mean, logvar, noise, seed, stream, offset)
-    check.is_out(out, tuple(mean.shape), mean.dtype, mean.device)
+    check.is_out(out, mean.shape, mean.dtype, mean.device)
     z, kl = call("reparameterize", *args, True, backend=backend, out=None if out is None else (out, None))
     if reduction == "row":
         return z, kl

@@ -50,7 +50,7 @@ def _fill(
     kind = dtype or (out.dtype if isinstance(out, Tensor) else torch.get_default_dtype())
     if kind not in check.FLOATS:
         raise TypeError(f"dtype={kind}: expected float32, bfloat16, float16 or float64")
-    check.is_out(out, tuple(sizes), kind, place)
+    check.is_out(out, sizes, kind, place)
     rows = sizes[0] if sizes else 1
     parts = (
         ("seed", check.fresh_seed(place) if seed is None else seed), ("stream", stream), ("offset", offset),

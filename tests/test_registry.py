@@ -116,3 +116,36 @@ def test_a_missing_extra_is_named():
     code = "import sys; sys.modules['rich'] = None\nfrom onepass.cli import main\nmain(['demo', '--only', 'vae'])"
     with pytest.raises(AssertionError, match=r"onepass demo needs rich.*pip install 'onepass\[demo\]'"):
         run_python(code)
+
+
+@needs_native
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_torchs_default_dtype_and_device_change_nothing(backend):
+    """Buffers that a kernel writes have its types, whatever torch.empty would make: a smaller one would overflow."""
+    x, t = torch.rand(3, 40), torch.rand(3, 41).cumsum(1)
+    heads = torch.rand(2, 5, 4, 8)
+    plan, noise = onepass.plans.ddpm(4), torch.rand(3, 40)
+    leaf = x.clone().requires_grad_()
+
+    def results():
+        rendering = onepass.composite(leaf, x[..., None], t[:, :-1], t[:, 1:], background=x[0, :1],
+                                      prefix_trans=x[:, 0], return_weights=True, distortion=True, backend=backend)
+        z, kl = onepass.reparameterize_kl(leaf, x, noise=noise, backend=backend)
+        return (
+            *rendering, z, kl, *torch.autograd.grad(sum(y.sum() for y in (*rendering, z, kl)), leaf),
+            *onepass.reparameterize_kl(x, x, seed=1, backend=backend),
+            *onepass.attention(heads, heads, heads, return_lse=True, backend=backend),
+            onepass.denoise_step(x, x, plan, 0, noise=noise, backend=backend),
+            onepass.rng.normal((3, 5), seed=1, dtype=torch.float32, device="cpu", backend=backend),
+        )
+
+    expected = results()
+    try:
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(results(), expected, strict=True))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        found = results()
+    assert all(a.device == b.device and torch.equal(a, b) for a, b in zip(found, expected, strict=True))

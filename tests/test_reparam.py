@@ -108,7 +108,7 @@ def test_a_chunked_tensor_needs_no_copy(backend, monkeypatch):
     if backend == "cpu":
         from onepass._native import by_rows
 
-        assert by_rows(mean)[0] is mean and by_rows(mean)[1] == parameters.stride(0)
+        assert by_rows(mean, 4 * 36)[0] is mean and by_rows(mean, 4 * 36)[1] == parameters.stride(0)
     torch.testing.assert_close(
         onepass.reparameterize(mean, logvar, seed=1, backend=backend),
         onepass.reparameterize(mean.contiguous(), logvar.contiguous(), seed=1, backend="reference"),
@@ -131,6 +131,31 @@ def test_rows_do_not_depend_on_the_batch_or_the_threads(backend):
                 assert torch.equal(z1[0], z[b]) and torch.equal(kl1[0], kl[b])
     finally:
         torch.set_num_threads(threads)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", cases.FLOATS)
+@pytest.mark.parametrize("length", [1, 3, 8, 16, 21, 1000, 4096])
+def test_short_rows_have_the_same_bits_together_apart_and_alone(length, dtype):
+    """Rows that lie one behind the other are worked on as one run; views of a wider tensor are not."""
+    rows = 2 + 9000 // length
+    g = torch.Generator().manual_seed(length)
+    wide = torch.randn(4, rows, length + 3, generator=g).to(dtype)
+    on_kl = torch.rand(rows, generator=g)
+
+    def run(mean, logvar, noise, grad_z, grad_kl):
+        leaves = [x.detach().requires_grad_() for x in (mean, logvar, noise)]
+        z, kl = onepass.reparameterize_kl(leaves[0], leaves[1], noise=leaves[2], backend="cpu")
+        return z, kl, *torch.autograd.grad((z, kl), leaves, (grad_z, grad_kl))
+
+    views = wide[:, :, 2 : length + 2]
+    apart = run(*views, on_kl)
+    together = run(*views.contiguous(), on_kl)
+    mixed = run(views[0].contiguous(), *views[1:], on_kl)
+    assert all(map(torch.equal, apart, together)) and all(map(torch.equal, mixed, together))
+    for row in (0, 1, rows // 2, rows - 1):
+        alone = run(*(x[row : row + 1] for x in views), on_kl[row : row + 1])
+        assert all(torch.equal(a[0], b[row]) for a, b in zip(alone, together, strict=True))
 
 
 ISA_CODE = """

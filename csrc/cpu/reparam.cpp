@@ -11,9 +11,9 @@ namespace {
 
 constexpr int64_t TILE = KL_TILE;
 
-// Where one task works: elements [begin, end) of row `row`.
+// Where one task works: elements [begin, end) of row `row`, or all of `rows` rows that lie one behind the other.
 struct Tile {
-  int64_t row, begin, end;
+  int64_t row, rows, begin, end;
 };
 
 // Normals of a run of elements of a row of random numbers, which may begin inside a block of four.
@@ -32,16 +32,16 @@ struct Noise {
 };
 
 // body(partial sum's index, tile, its normals or null). A long row is several tasks; short rows share one, and with one
-// key for the whole tensor they share its normals too.
+// key for the whole tensor they share its normals too. Where `dense` they are worked on as if they were one row.
 template <class Body>
-void for_each_tile(const Reparam& p, bool draws, Body&& body) {
+void for_each_tile(const Reparam& p, bool draws, bool dense, Body&& body) {
   if (p.length > TILE) {
     const int64_t tiles = (p.length + TILE - 1) / TILE;
     parallel_for(p.rows * tiles, 1, p.num_threads, [&](int64_t first, int64_t last) {
       Noise noise;
       for (int64_t task = first; task < last; ++task) {
         const int64_t row = task / tiles, begin = task % tiles * TILE;
-        const Tile tile{row, begin, begin + TILE < p.length ? begin + TILE : p.length};
+        const Tile tile{row, 1, begin, begin + TILE < p.length ? begin + TILE : p.length};
         const int64_t start = (p.keys_per_row ? 0 : row * p.length) + begin;
         body(task, tile, draws ? noise.of(p.keys.at(p.keys_per_row ? row : 0), start, tile.end - begin) : nullptr);
       }
@@ -53,15 +53,31 @@ void for_each_tile(const Reparam& p, bool draws, Body&& body) {
     Noise noise;
     for (int64_t g = first; g < last; ++g) {
       const int64_t begin = g * group, end = begin + group < p.rows ? begin + group : p.rows;
+      const bool own_keys = draws && p.keys_per_row;
       const float* shared = nullptr;
-      if (draws && !p.keys_per_row) shared = noise.of(p.keys.at(0), begin * p.length, (end - begin) * p.length);
+      if (draws && !own_keys) shared = noise.of(p.keys.at(0), begin * p.length, (end - begin) * p.length);
+      if (dense && !own_keys) {
+        body(begin, Tile{begin, end - begin, 0, (end - begin) * p.length}, shared);
+        continue;
+      }
       for (int64_t row = begin; row < end; ++row) {
         const float* own = shared ? shared + (row - begin) * p.length : nullptr;
-        if (draws && p.keys_per_row) own = noise.of(p.keys.at(row), 0, p.length);
-        body(row, Tile{row, 0, p.length}, own);
+        if (own_keys) own = noise.of(p.keys.at(row), 0, p.length);
+        body(row, Tile{row, 1, 0, p.length}, own);
       }
     }
   });
+}
+
+// Whether a tensor's rows lie one behind the other, as those that are written do.
+bool dense_rows(const Reparam& p, const RowsIn& rows) { return !rows.data || rows.step == p.length; }
+
+// step(i, n) on n elements from i on, vector by vector.
+template <class Step>
+void for_each_vector(int64_t count, Step&& step) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) step(i, W);
+  if (i < count) step(i, static_cast<int>(count - i));
 }
 
 template <class T>
@@ -70,30 +86,45 @@ const T* row_of(const RowsIn& rows, const Tile& tile) {
 }
 
 template <class T>
-void forward_as(const Reparam& p, T* z, double* partial) {
-  for_each_tile(p, !p.noise.data, [&](int64_t task, const Tile& tile, const float* drawn) {
+void forward_as(const Reparam& p, T* z, float* kl, double* partial) {
+  const bool dense = dense_rows(p, p.mean) && dense_rows(p, p.logvar) && dense_rows(p, p.noise);
+  for_each_tile(p, !p.noise.data, dense, [&](int64_t task, const Tile& tile, const float* drawn) {
     const T* given = p.noise.data ? row_of<T>(p.noise, tile) : nullptr;
     const T *mean = row_of<T>(p.mean, tile), *logvar = row_of<T>(p.logvar, tile);
     T* out = z + tile.row * p.length + tile.begin;
-    const int64_t count = tile.end - tile.begin;
-    F32 total{};
+    // Writes z and returns twice the KL; lanes beyond n hold exp(0) - 1 = 0.
     const auto step = [&](int64_t i, int n) {
       const F32 m = load_n(mean + i, n), lv = load_n(logvar + i, n);
       const F32 eps = given ? load_n(given + i, n) : load(drawn + i);
       const F32 std = exp(0.5f * lv);
       store_n(out + i, fma(std, eps, m), n);
-      return fma(std, std, fma(m, m, -1.0f - lv));  // twice the KL; lanes beyond n hold exp(0) - 1 = 0
+      return fma(std, std, fma(m, m, -1.0f - lv));
     };
-    int64_t i = 0;
-    for (; i + W <= count; i += W) total += step(i, W);
-    if (i < count) total += step(i, static_cast<int>(count - i));
-    if (partial) partial[task] = 0.5 * static_cast<double>(sum(total));
+    const int64_t count = tile.end - tile.begin;
+    if (!kl) return for_each_vector(count, [&](int64_t i, int n) { step(i, n); });
+    if (tile.rows == 1) {
+      F32 total{};
+      for_each_vector(count, [&](int64_t i, int n) { total += step(i, n); });
+      const float half = 0.5f * sum(total);
+      if (partial)
+        partial[task] = half;
+      else
+        kl[task] = half;
+      return;
+    }
+    float terms[TILE];
+    for_each_vector(count, [&](int64_t i, int n) { store_n(terms + i, step(i, n), n); });
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      F32 total{};
+      for_each_vector(p.length, [&](int64_t i, int n) { total += load_n(terms + row * p.length + i, n); });
+      kl[tile.row + row] = 0.5f * sum(total);
+    }
   });
 }
 
 void forward(const Reparam& p, void* z, float* kl, double* partial) {
-  with_dtype(p.dtype, [&](auto t) { forward_as(p, static_cast<decltype(t)*>(z), kl ? partial : nullptr); });
-  if (!kl) return;
+  with_dtype(p.dtype, [&](auto t) { forward_as(p, static_cast<decltype(t)*>(z), kl, partial); });
+  if (!partial) return;
   const int64_t tiles = (p.length + TILE - 1) / TILE;
   for (int64_t row = 0; row < p.rows; ++row) {
     double total = 0;
@@ -105,13 +136,20 @@ void forward(const Reparam& p, void* z, float* kl, double* partial) {
 template <class T>
 void backward_as(const Reparam& p, const RowsIn& grad_z, const float* grad_kl, T* grad_mean, T* grad_logvar,
                  T* grad_noise) {
-  for_each_tile(p, grad_z.data && !p.noise.data, [&](int64_t, const Tile& tile, const float* drawn) {
+  const bool dense =
+      dense_rows(p, p.mean) && dense_rows(p, p.logvar) && dense_rows(p, p.noise) && dense_rows(p, grad_z);
+  for_each_tile(p, grad_z.data && !p.noise.data, dense, [&](int64_t, const Tile& tile, const float* drawn) {
     const T* given = p.noise.data ? row_of<T>(p.noise, tile) : nullptr;
     const T *mean = row_of<T>(p.mean, tile), *logvar = row_of<T>(p.logvar, tile);
     const T* dz = grad_z.data ? row_of<T>(grad_z, tile) : nullptr;
-    const F32 dkl = splat(grad_kl ? grad_kl[tile.row] : 0.0f);
-    const int64_t at = tile.row * p.length + tile.begin, count = tile.end - tile.begin;
-    const auto step = [&](int64_t i, int n) {
+    const int64_t at = tile.row * p.length + tile.begin;
+    float spread[TILE];  // grad_kl beside every element, where there are several rows
+    if (grad_kl && tile.rows > 1)
+      for (int64_t row = 0; row < tile.rows; ++row)
+        for_each_vector(p.length, [&](int64_t i, int n) {
+          store_n(spread + row * p.length + i, splat(grad_kl[tile.row + row]), n);
+        });
+    for_each_vector(tile.end - tile.begin, [&](int64_t i, int n) {
       const F32 lv = load_n(logvar + i, n), std = exp(0.5f * lv);
       F32 dm{}, dlv{};
       if (dz) {
@@ -121,15 +159,13 @@ void backward_as(const Reparam& p, const RowsIn& grad_z, const float* grad_kl, T
         if (grad_noise) store_n(grad_noise + at + i, dm * std, n);
       }
       if (grad_kl) {
+        const F32 dkl = tile.rows > 1 ? load_n(spread + i, n) : splat(grad_kl[tile.row]);
         dm = fma(dkl, load_n(mean + i, n), dm);
         dlv = fma(0.5f * dkl, fma(std, std, splat(-1.0f)), dlv);
       }
       store_n(grad_mean + at + i, dm, n);
       store_n(grad_logvar + at + i, dlv, n);
-    };
-    int64_t i = 0;
-    for (; i + W <= count; i += W) step(i, W);
-    if (i < count) step(i, static_cast<int>(count - i));
+    });
   });
 }
 

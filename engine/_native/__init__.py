@@ -25,17 +25,35 @@ def key_part(value: int, values: Tensor | None) -> tuple[int, int, int]:
     return 0, values.data_ptr(), values.stride(0) if values.dim() else 0
 
 
-def by_rows(x: Tensor) -> tuple[Tensor, int]:
+def random_keys(
+    seed: int, seeds: Tensor | None, stream: int, streams: Tensor | None, offset: int, offsets: Tensor | None
+) -> tuple[tuple[tuple[int, int, int], ...], bool]:
+    """The parts of random keys, and whether every row has a key of its own."""
+    per_row = any(part is not None and part.dim() for part in (seeds, streams, offsets))
+    return (key_part(seed, seeds), key_part(stream, streams), key_part(offset, offsets)), per_row
+
+
+def row_length(x: Tensor) -> tuple[int, int]:
+    """The rows of dim 0, and the elements of each; a scalar is one row."""
+    rows = x.shape[0] if x.dim() else 1
+    return rows, x.numel() // rows if rows else 0
+
+
+def by_rows(x: Tensor, length: int) -> tuple[Tensor, int]:
     """x, or a copy, with unit stride inside a row of dim 0; and the elements from one row to the next.
 
     The caller keeps the tensor until the kernel has run. A chunk of a larger tensor needs no copy.
     """
-    if x.dim() == 0:
-        return x, 0
-    if x.is_contiguous() or (x.shape[0] and x[0].is_contiguous()):
+    if x.is_contiguous():
+        return x, length
+    if x.shape[0] and x[0].is_contiguous():
         return x, x.stride(0)
-    x = x.contiguous()
-    return x, x.stride(0)
+    return x.contiguous(), length
 
 
-__all__ = ["DTYPES", "_C", "by_rows", "error", "key_part", "pointer"]
+def empty_like(x: Tensor) -> Tensor:
+    """A contiguous tensor with the shape and dtype of x."""
+    return torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
+
+
+__all__ = ["DTYPES", "_C", "by_rows", "empty_like", "error", "key_part", "pointer", "random_keys", "row_length"]

@@ -53,8 +53,9 @@ def _run(
     heads, dim, value_dim = q.shape[-2], q.shape[-1], v.shape[-1]
     given = out[0] if out is not None else None
     direct = given is not None and given.stride(-1) == 1
-    result = given if direct and given is not None else torch.empty(*q.shape[:-1], value_dim, dtype=q.dtype)
-    lse = torch.empty((heads, q.shape[0]) if ragged else (batch, heads, queries))
+    result = given if direct and given is not None else q.new_empty(*q.shape[:-1], value_dim)
+    shape = (heads, q.shape[0]) if ragged else (batch, heads, queries)
+    lse = q.new_empty(shape, dtype=torch.float32)
     q = _unit_stride(q)
     seqlens, keys, appended, slots, pages, table, batch_idx, leftpad, cu_seqlens = cache
     kind, mask, steps = _mask(mask, (batch, heads, queries, keys))
@@ -71,7 +72,7 @@ def _run(
             softcap, scale, pointer(slopes), 0 if slopes is None or slopes.dim() == 1 else heads, pointer(sinks), kind,
             pointer(mask), steps, pointer(tree), torch.get_num_threads(),
         )
-        workspace = torch.empty(_C.attention_workspace(call), dtype=torch.uint8)
+        workspace = q.new_empty(_C.attention_workspace(call), dtype=torch.uint8)
         _C.attention_forward(call, workspace.data_ptr())
     return (result if direct or given is None else given.copy_(result)), lse
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _C, DTYPES, by_rows, key_part
+from . import _C, DTYPES, by_rows, empty_like, key_part, row_length
 
 _NONE = (0, 0)
 
@@ -15,19 +15,18 @@ def denoise_step(
     guidance: float, guidances: Tensor | None, seed: int, seeds: Tensor | None,
     noise: Tensor | None, stochastic: bool, mask: Tensor | None, known: Tensor | None, out: Tensor | None = None,
 ) -> Tensor:
-    batch = sample.shape[0]
-    length = sample.numel() // batch if batch else 0
+    batch, length = row_length(sample)
     held: list[Tensor | None] = []               # keeps what the pointers point into
 
     def rows(x: Tensor | None) -> tuple[int, int]:
         if x is None:
             return _NONE
-        x, row_step = by_rows(x)
+        x, row_step = by_rows(x, length)
         held.append(x)
         return x.data_ptr(), row_step
 
-    direct = out is not None and by_rows(out)[0] is out and (batch < 2 or out.stride(0) >= length)
-    result = out if direct and out is not None else torch.empty(sample.shape, dtype=sample.dtype)
+    direct = out is not None and by_rows(out, length)[0] is out and (batch < 2 or out.stride(0) >= length)
+    result = out if direct and out is not None else empty_like(sample)
     table = table.contiguous()
     weights, described_mask = _mask(mask, sample)
     held.append(weights)

@@ -1,62 +1,62 @@
 """Reparameterized sampling on the CPU."""
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from . import _C, DTYPES, by_rows, key_part, pointer
-
-
-def _call(mean: Tensor, logvar: Tensor, noise: Tensor | None, keys: tuple[Any, ...]) -> tuple[Any, list[Tensor | None]]:
-    """The kernel's description of a call, and the tensors that it points into."""
-    rows = mean.shape[0] if mean.dim() else 1
-    (mean, mean_step), (logvar, logvar_step) = by_rows(mean), by_rows(logvar)
-    given, given_step = (None, 0) if noise is None else by_rows(noise)
-    seed, seeds, stream, streams, offset, offsets = keys
-    per_row = any(k is not None and k.dim() for k in (seeds, streams, offsets))
-    call = _C.Reparam(
-        rows, mean.numel() // rows if rows else 0, DTYPES[mean.dtype],
-        (pointer(mean), mean_step), (pointer(logvar), logvar_step), (pointer(given), given_step),
-        key_part(seed, seeds), key_part(stream, streams), key_part(offset, offsets), per_row, torch.get_num_threads(),
-    )
-    return call, [mean, logvar, given]
+from . import _C, DTYPES, by_rows, empty_like, pointer, random_keys, row_length
 
 
 def forward(
-    mean: Tensor, logvar: Tensor, noise: Tensor | None, *args: Any, out: tuple[Tensor | None, ...] | None = None
+    mean: Tensor, logvar: Tensor, noise: Tensor | None,
+    seed: int, seeds: Tensor | None, stream: int, streams: Tensor | None, offset: int, offsets: Tensor | None,
+    kl: bool, out: tuple[Tensor | None, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    *keys, kl = args
-    call, held = _call(mean, logvar, noise, tuple(keys))
+    rows, length = row_length(mean)
     given = out[0] if out is not None else None
-    direct = given is not None and given.is_contiguous()
-    z = given if direct and given is not None else torch.empty(mean.shape, dtype=mean.dtype)
-    rows = mean.shape[0] if mean.dim() else 1
-    total = torch.zeros(rows if kl else 0)
-    if mean.numel():
-        tiles = -(-(mean.numel() // rows) // _C.KL_TILE)
-        partial = torch.empty(rows * tiles, dtype=torch.float64) if kl else None
-        _C.reparam_forward(call, z.data_ptr(), pointer(total) if kl else 0, pointer(partial))
-    del held
-    return (z if direct or given is None else given.copy_(z)), total
+    z = given if given is not None and given.is_contiguous() else empty_like(mean)
+    total = mean.new_empty(rows if kl else 0, dtype=torch.float32)
+    if z.numel():
+        (m, m_step), (v, v_step) = by_rows(mean, length), by_rows(logvar, length)
+        drawn, d_step, keys, per_row = None, 0, None, False
+        if noise is not None:
+            drawn, d_step = by_rows(noise, length)
+        else:
+            keys, per_row = random_keys(seed, seeds, stream, streams, offset, offsets)
+        partial = None
+        if kl and length > _C.KL_TILE:
+            partial = mean.new_empty(rows * -(-length // _C.KL_TILE), dtype=torch.float64)
+        _C.reparam_forward(
+            rows, length, DTYPES[mean.dtype], m.data_ptr(), m_step, v.data_ptr(), v_step, pointer(drawn), d_step,
+            keys, per_row, torch.get_num_threads(), z.data_ptr(), total.data_ptr() if kl else 0, pointer(partial),
+        )
+    elif kl:
+        total.zero_()
+    return z if given is None or given is z else given.copy_(z), total
 
 
 def backward(
-    grad_z: Tensor | None, grad_kl: Tensor | None, mean: Tensor, logvar: Tensor, noise: Tensor | None, *args: Any,
-    out: None = None,
+    grad_z: Tensor | None, grad_kl: Tensor | None, mean: Tensor, logvar: Tensor, noise: Tensor | None,
+    seed: int, seeds: Tensor | None, stream: int, streams: Tensor | None, offset: int, offsets: Tensor | None,
+    noise_grad: bool, out: None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *keys, noise_grad = args
-    call, held = _call(mean, logvar, noise, tuple(keys))
-    grad_mean = torch.empty(mean.shape, dtype=mean.dtype)
-    grad_logvar = torch.empty(mean.shape, dtype=mean.dtype)
-    grad_noise = torch.zeros(mean.shape if noise_grad else 0, dtype=mean.dtype)
-    z, step = (None, 0) if grad_z is None else by_rows(grad_z)
-    kl = None if grad_kl is None else grad_kl.contiguous()
+    rows, length = row_length(mean)
+    grad_mean, grad_logvar = empty_like(mean), empty_like(mean)
+    grad_noise = empty_like(mean) if noise_grad else mean.new_empty(0)
+    if grad_z is None:
+        grad_noise.zero_()
     if mean.numel():
+        (m, m_step), (v, v_step) = by_rows(mean, length), by_rows(logvar, length)
+        z, z_step = (None, 0) if grad_z is None else by_rows(grad_z, length)
+        drawn, d_step, keys, per_row = None, 0, None, False
+        if noise is not None:
+            drawn, d_step = by_rows(noise, length)
+        else:
+            keys, per_row = random_keys(seed, seeds, stream, streams, offset, offsets)
+        on_kl = None if grad_kl is None else grad_kl.contiguous()
         _C.reparam_backward(
-            call, (pointer(z), step), pointer(kl), grad_mean.data_ptr(), grad_logvar.data_ptr(),
-            pointer(grad_noise) if noise_grad else 0,
+            rows, length, DTYPES[mean.dtype], m.data_ptr(), m_step, v.data_ptr(), v_step, pointer(drawn), d_step,
+            keys, per_row, torch.get_num_threads(), pointer(z), z_step, pointer(on_kl), grad_mean.data_ptr(),
+            grad_logvar.data_ptr(), grad_noise.data_ptr() if noise_grad else 0,
         )
-    del held
     return grad_mean, grad_logvar, grad_noise

@@ -1,13 +1,13 @@
 """Random numbers on the CPU."""
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..reference.rng import DISTRIBUTIONS
-from . import _C, DTYPES, key_part
+from . import _C, DTYPES, random_keys, row_length
+
+_CODES = {name: code for code, name in enumerate(DISTRIBUTIONS)}
 
 
 def fill(
@@ -20,14 +20,11 @@ def fill(
     device: torch.device,
     out: Tensor | None = None,
 ) -> Tensor:
-    direct = out is not None and out.is_contiguous()
-    result = out if direct else torch.empty(shape, dtype=dtype)
-    assert result is not None
-    rows = shape[0] if any(k is not None and k.dim() for k in (seeds, streams, offsets)) else 1
+    result = out if out is not None and out.is_contiguous() else torch.empty(shape, dtype=dtype, device=device)
     if result.numel():
+        keys, per_row = random_keys(seed, seeds, stream, streams, offset, offsets)
+        rows, length = row_length(result) if per_row else (1, result.numel())
         _C.rng_fill(
-            DISTRIBUTIONS.index(distribution), key_part(seed, seeds), key_part(stream, streams),
-            key_part(offset, offsets), rows, math.prod(shape) // rows, DTYPES[dtype], result.data_ptr(),
-            torch.get_num_threads(),
+            _CODES[distribution], keys, rows, length, DTYPES[dtype], result.data_ptr(), torch.get_num_threads()
         )
-    return result if direct or out is None else out.copy_(result)
+    return result if out is None or out is result else out.copy_(result)

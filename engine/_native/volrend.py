@@ -36,7 +36,7 @@ class _Call:
                 raise ValueError(offsets_error(ray_offsets, density.shape[0]))
         threads = torch.get_num_threads()
         tasks = max(1, min(threads, density.numel() // _TASK))
-        scratch = self.keep(torch.empty(tasks * _C.composite_scratch(longest), dtype=torch.float32))
+        scratch = self.keep(self.floats(tasks * _C.composite_scratch(longest)))
         back = None if background is None else self.keep(background.float().contiguous())
         prefix = None if prefix_trans is None else self.keep(prefix_trans.float().contiguous())
         self.described = _C.Composite(
@@ -49,6 +49,9 @@ class _Call:
     def keep(self, x: Tensor) -> Tensor:
         self.held.append(x)
         return x
+
+    def floats(self, count: int) -> Tensor:
+        return self.density.new_empty(count, dtype=torch.float32)
 
     def samples(self, x: Tensor | None) -> _Samples:
         """A tensor of samples, copied unless it has unit stride inside a ray."""
@@ -74,7 +77,7 @@ def forward(
     n_rays, density = call.n_rays, call.density
     given = (None,) * 5 if out is None else out
     results = [
-        x if x is not None and x.is_contiguous() else torch.empty(shape, dtype=dtype)
+        x if x is not None and x.is_contiguous() else density.new_empty(shape, dtype=dtype)
         for x, shape, dtype in zip(
             given,
             (
@@ -102,21 +105,16 @@ def backward(
         sigmas, features, t_starts, t_ends, alphas, ray_offsets, background, prefix_trans, early_stop_eps, depth
     )
     inputs = (sigmas, features, t_starts, t_ends, alphas, background, prefix_trans)
-    grads: list[Tensor] = []
-    pointers = []
-    for i, (x, need) in enumerate(zip(inputs, needs, strict=True)):
-        wanted = x is not None and need
-        dtype = torch.float32 if x is None or i >= 5 else x.dtype  # one value a ray or channel: rounded at the end
-        grads.append(torch.zeros(x.shape, dtype=dtype) if wanted and i >= 5 else  # type: ignore[union-attr]
-                     torch.empty(x.shape if wanted else 0, dtype=dtype))  # type: ignore[union-attr]
-        pointers.append(grads[-1].data_ptr() if wanted else 0)
-    left = torch.empty(call.n_rays)
+    wanted = [x if need else None for x, need in zip(inputs, needs, strict=True)]
+    by_sample = [None if x is None else x.new_empty(x.shape) for x in wanted[:5]]
+    # One value a channel or a ray: summed in float32, rounded at the end.
+    by_ray = [None if x is None else x.new_zeros(x.shape, dtype=torch.float32) for x in wanted[5:]]
     if call.n_rays:
+        left = call.floats(call.n_rays)
         _C.composite_backward(
             call.described, call.by_ray(grad_features), call.by_ray(grad_depth), call.by_ray(grad_opacity),
-            call.by_ray(grad_distortion), call.samples(grad_weights), *pointers, left.data_ptr(),
+            call.by_ray(grad_distortion), call.samples(grad_weights), *map(pointer, (*by_sample, *by_ray)),
+            left.data_ptr(),
         )
-    for i in (5, 6):
-        if pointers[i]:
-            grads[i] = grads[i].to(inputs[i].dtype)  # type: ignore[union-attr]
-    return tuple(grads)
+    rounded = (None if x is None or g is None else g.to(x.dtype) for x, g in zip(wanted[5:], by_ray, strict=True))
+    return tuple(call.floats(0) if g is None else g for g in (*by_sample, *rounded))

@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.nn import Parameter
 
 from .. import registry
+from .._supports import SCALARS
 
 library = torch.library.Library("onepass", "DEF")
 
@@ -32,8 +35,6 @@ def _define(op: registry.Op) -> None:
 for _op in registry.OPS.values():
     _define(_op)
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-
 
 def plain(args: tuple[Any, ...]) -> bool:
     """Whether an implementation may be called directly."""
@@ -41,13 +42,17 @@ def plain(args: tuple[Any, ...]) -> bool:
         torch.compiler.is_compiling()
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._is_any_autocast_enabled()
+        or peek_interpreter_stack() is not None
+        or _is_any_autocast_enabled()
     ):
         return False
     grad = torch.is_grad_enabled()
     for x in args:
-        if isinstance(x, Tensor) and (type(x) not in _PLAIN_TYPES or (grad and x.requires_grad)):
+        kind = type(x)
+        if kind is Tensor or kind is Parameter:
+            if grad and x.requires_grad:
+                return False
+        elif kind not in SCALARS and isinstance(x, Tensor):
             return False
     return True
 
@@ -57,9 +62,9 @@ def call(name: str, *args: Any, backend: str | None = None, out: Any = None) -> 
     if plain(args):
         chosen = registry.choose(name, args, backend)
         function = registry.OPS[name].impls[chosen].function
-        if out is None or chosen == "reference":
-            return _deliver(function(*args), out)
-        return function(*args, out=out)
+        if out is None:
+            return function(*args)
+        return _deliver(function(*args), out) if chosen == "reference" else function(*args, out=out)
     if not torch.compiler.is_compiling():       # so that backward uses the backend that forward used
         backend = registry.choose(name, args, backend)
     return _deliver(getattr(torch.ops.onepass, name)(*args, backend=backend), out)

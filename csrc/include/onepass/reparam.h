@@ -18,7 +18,8 @@ struct Reparam {
 inline constexpr int64_t KL_TILE = 4096;
 
 struct ReparamKernels {
-  // z [rows, length] contiguous. kl [rows] float32, with partial [rows, ceil(length / KL_TILE)]; both null without KL.
+  // z [rows, length] contiguous. kl [rows] float32, or null. partial [rows, ceil(length / KL_TILE)] where kl is wanted
+  // of rows longer than KL_TILE, else null.
   void (*forward)(const Reparam&, void* z, float* kl, double* partial);
   // grad_z as z or null; grad_kl [rows] or null. grad_noise null unless noise is given and its gradient is wanted.
   void (*backward)(const Reparam&, RowsIn grad_z, const float* grad_kl, void* grad_mean, void* grad_logvar,
