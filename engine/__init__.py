@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from . import plans, rng
 from .attention import attention, attention_with_kvcache, merge_attention
+from .attention_varlen import attention_varlen
 from .denoise import denoise_step
 from .plans import DenoisePlan
 from .registry import FallbackWarning, use_backend
@@ -21,6 +22,7 @@ __all__ = [
     "Rendering",
     "__version__",
     "attention",
+    "attention_varlen",
     "attention_with_kvcache",
     "composite",
     "denoise_step",

@@ -144,10 +144,7 @@ def cache_values(
     lengths = cache_seqlens.tolist()
     counts = [max_seqlen_q] * len(lengths)
     if cu_seqlens_q is not None:
-        cu = cu_seqlens_q.tolist()
-        counts = [b - a for a, b in itertools.pairwise(cu)]
-        if cu[0] != 0 or cu[-1] != tokens or min(counts, default=0) < 0:
-            raise ValueError(f"cu_seqlens_q is {cu}, expected to rise from 0 to the {tokens} rows of q")
+        counts = rising("cu_seqlens_q", cu_seqlens_q, tokens, "rows of q")
         if max(counts, default=0) > max_seqlen_q:
             raise ValueError(f"max_seqlen_q={max_seqlen_q}: cu_seqlens_q has a row of {max(counts)} queries")
     new = counts if appended < 0 else [appended] * len(lengths)
@@ -173,18 +170,56 @@ def cache_values(
             raise ValueError(f"cache_batch_idx is {indices}, expected 0 to {cache.shape[0] - 1}")
         if any(new) and len(set(indices)) != len(indices):
             raise ValueError(f"cache_batch_idx is {indices}: two rows would append to one cache row")
-    if block_table is not None and block_table.numel():
-        low, high = torch.aminmax(block_table)
-        if int(low) >= 0 and int(high) < cache.shape[0]:
-            return
-        size = cache.shape[1]
-        blocks = torch.tensor([-(-t // size) if size else 0 for t in totals])
-        used = blocks[:, None] > torch.arange(block_table.shape[1])
-        bad = used & ((block_table < 0) | (block_table >= cache.shape[0]))
-        if bad.any():
-            b, i = bad.nonzero()[0].tolist()
-            page = int(block_table[b, i])
-            raise ValueError(f"block_table[{b}, {i}]={page}: expected a page from 0 to {cache.shape[0] - 1}")
+    if block_table is not None:
+        pages_exist(cache, totals, block_table)
+
+
+def pages_exist(cache: Tensor, lengths: list[int], block_table: Tensor) -> None:
+    """Raises ValueError where a page that holds some of a row's `lengths` keys is none of the cache's."""
+    if not block_table.numel():
+        return
+    low, high = torch.aminmax(block_table)
+    if int(low) >= 0 and int(high) < cache.shape[0]:
+        return
+    size = cache.shape[1]
+    blocks = torch.tensor([-(-n // size) if size else 0 for n in lengths])
+    used = blocks[:, None] > torch.arange(block_table.shape[1])
+    bad = used & ((block_table < 0) | (block_table >= cache.shape[0]))
+    if bad.any():
+        b, i = bad.nonzero()[0].tolist()
+        page = int(block_table[b, i])
+        raise ValueError(f"block_table[{b}, {i}]={page}: expected a page from 0 to {cache.shape[0] - 1}")
+
+
+def rising(name: str, x: Tensor, last: int | None, what: str) -> list[int]:
+    """The lengths between neighbours of a cu_seqlens in host memory, which rises from 0 to `last`."""
+    cu = x.tolist()
+    counts = [b - a for a, b in itertools.pairwise(cu)]
+    if cu[0] != 0 or min(counts, default=0) < 0 or (last is not None and cu[-1] != last):
+        raise ValueError(f"{name} is {cu}, expected to rise from 0 to the {cu[-1] if last is None else last} {what}")
+    return counts
+
+
+def varlen_values(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    block_table: Tensor | None, *rest: Any,
+) -> None:
+    """Raises ValueError where a row reaches outside q, k or its pages; values on a device are not read."""
+    if not readable(cu_seqlens_q, cu_seqlens_k, block_table):
+        return
+    paged = block_table is not None
+    queries = rising("cu_seqlens_q", cu_seqlens_q, q.shape[0], "rows of q")
+    keys = rising("cu_seqlens_k", cu_seqlens_k, None if paged else k.shape[0], "keys" if paged else "rows of k")
+    for name, counts, longest in (("q", queries, max_seqlen_q), ("k", keys, max_seqlen_k)):
+        if max(counts, default=0) > longest:
+            raise ValueError(f"max_seqlen_{name}={longest}: cu_seqlens_{name} has a row of {max(counts)}")
+    if block_table is None:
+        return
+    capacity = k.shape[1] * block_table.shape[1]
+    for b, count in enumerate(keys):
+        if count > capacity:
+            raise ValueError(f"cu_seqlens_k gives row {b} {count} keys, its pages in block_table hold {capacity}")
+    pages_exist(k, keys, block_table)
 
 
 def append_values(

@@ -70,3 +70,11 @@ def kvcache_cpu(*args: Any) -> str | None:
         if cache.numel() and cache.stride(-1) != 1 and cache.shape[-1] != 1:
             return f"{name} has stride {cache.stride(-1)} in the head dim, the kernel takes 1"
     return floats_cpu(*args)
+
+
+def varlen_cpu(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> str | None:
+    """As floats_cpu; pages are read where they are, so their head dim has unit stride."""
+    for name, pages in (("k", k), ("v", v)):
+        if pages.dim() == 4 and pages.numel() and pages.stride(-1) != 1 and pages.shape[-1] != 1:
+            return f"{name} has stride {pages.stride(-1)} in the head dim, the kernel takes pages with 1"
+    return floats_cpu(q, k, v, *args)

@@ -36,7 +36,7 @@ def attention(
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         expect.is_rank(name, x, "B, S, H, D")
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     for name, x in (("k", k), ("v", v)):
         expect.same_kind(name, x, "q", q)
         expect.is_size(name, x, 0, q.shape[0], "the batch of q")
@@ -99,7 +99,7 @@ def attention_with_kvcache(
     expect.is_rank("q", q, "total, H, D" if ragged else "B, Sq, H, D")
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         expect.is_rank(name, x, "pages, page_size, Hkv, D" if block_table is not None else "B, capacity, Hkv, D")
-    q, k, v = _autocast(q, k, v, to=k_cache.dtype)
+    q, k, v = autocast(q, k, v, to=k_cache.dtype)
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         expect.same_kind(name, x, "q", q)
         expect.is_size(name, x, 0, k_cache.shape[0], "the first dim of k_cache")
@@ -180,7 +180,7 @@ def merge_attention(
     return out, lse
 
 
-def _autocast(*tensors: Tensor | None, to: torch.dtype | None = None) -> list:
+def autocast(*tensors: Tensor | None, to: torch.dtype | None = None) -> list:
     """The tensors in autocast's dtype (or `to`, the cache's) where autocast is on."""
     device = next(x.device.type for x in tensors if x is not None)
     if not torch.is_autocast_enabled(device):

@@ -49,6 +49,8 @@ class Op:
 
 _KEYS = "SymInt seed, Tensor? seeds, SymInt stream, Tensor? streams, SymInt offset, Tensor? offsets"
 _SCORES = "bool causal, SymInt window_left, SymInt window_right, float softcap, float scale"
+_ROWS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
+_PAGES = "float32, bfloat16, float16; pages with unit stride in the head dim"
 _CACHES = "float32, bfloat16, float16; caches with unit stride in the head dim"
 _CLOSED_FORM = "the closed form of the reference, in PyTorch"
 _HALF_AND_SINGLE = "float32, bfloat16, float16"
@@ -114,6 +116,30 @@ _TABLE = [
         {
             "cpu": Impl("onepass.reference.attention:attention_backward", supports.floats_cpu, _CLOSED_FORM),
             "reference": _reference("attention:attention_backward"),
+        },
+    ),
+    Op(
+        "attention_varlen_forward",
+        f"(Tensor q, Tensor k, Tensor v, {_ROWS}, Tensor? block_table, {_SCORES}, Tensor? alibi_slopes, Tensor? sinks, "
+        "*, str? backend=None) -> (Tensor out, Tensor lse)",
+        "attention_varlen",
+        {
+            "cpu": Impl("onepass._native.attention_varlen:forward", supports.varlen_cpu, _PAGES),
+            "reference": _reference("attention_varlen:attention_varlen_forward"),
+        },
+        check=expect.varlen_values,
+    ),
+    Op(
+        "attention_varlen_backward",
+        f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_ROWS}, "
+        f"{_SCORES}, Tensor? alibi_slopes, Tensor? sinks, *, str? backend=None) "
+        "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
+        "the gradient of attention_varlen",
+        {
+            "cpu": Impl(
+                "onepass._native.attention_varlen:backward", supports.floats_cpu, "attention_backward, row after row"
+            ),
+            "reference": _reference("attention_varlen:attention_varlen_backward"),
         },
     ),
     Op(

@@ -10,14 +10,14 @@ from torch.utils.flop_counter import register_flop_formula
 from . import library
 
 
-def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
 @torch.library.register_fake("onepass::attention_forward", lib=library)
 def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any, backend: str | None = None) -> tuple[Tensor, Tensor]:
     batch, sq, heads, _ = q.shape
-    return q.new_empty(batch, sq, heads, v.shape[3]), q.new_empty(batch, heads, sq, dtype=_lse_dtype(q.dtype))
+    return q.new_empty(batch, sq, heads, v.shape[3]), q.new_empty(batch, heads, sq, dtype=lse_dtype(q.dtype))
 
 
 @torch.library.register_fake("onepass::attention_backward", lib=library)
@@ -40,13 +40,13 @@ def _cached(
 ) -> tuple[Tensor, Tensor]:
     rows, heads = ((q.shape[0],), q.shape[2]) if q.dim() == 4 else ((), q.shape[1])
     length = q.shape[1] if q.dim() == 4 else q.shape[0]
-    lse = q.new_empty(*rows, heads, length, dtype=_lse_dtype(q.dtype))
+    lse = q.new_empty(*rows, heads, length, dtype=lse_dtype(q.dtype))
     return q.new_empty(*q.shape[:-1], v_cache.shape[3]), lse
 
 
 @torch.library.register_fake("onepass::merge_attention", lib=library)
 def _merge(outs: Tensor, lses: Tensor, sinks: Tensor | None, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:], dtype=_lse_dtype(lses.dtype))
+    return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:], dtype=lse_dtype(lses.dtype))
 
 
 @torch.library.register_fake("onepass::merge_attention_backward", lib=library)

@@ -90,13 +90,35 @@ def attention_backward(
     sinks: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # dq, dk, dv and dsinks (size 0 without sinks)
-    """The gradient in closed form, the probabilities recomputed from lse (Dao et al. 2022, appendix B.2).
+    """The gradient of `attention_forward` in closed form."""
+    distance = diagonal(q.shape[1], k.shape[1], q.device)[None]
+    allowed = inside(distance, causal, window_left, window_right)
+    return attend_backward(
+        grad_out, grad_lse, q, k, v, out, lse, distance, allowed, softcap, scale, alibi_slopes, sinks, mask
+    )
+
+
+def attend_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    distance: Tensor,  # [1 or B, Sq, Sk]
+    allowed: Tensor,  # [1 or B, Sq, Sk] bool
+    softcap: float,
+    scale: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of `attend`, the probabilities recomputed from lse (Dao et al. 2022, appendix B.2).
 
     ds = p (dp - delta) with dp = dout v^T and delta = sum_d dout out - dlse; the cap multiplies by 1 - tanh^2.
     """
     heads, groups = q.shape[2], q.shape[2] // k.shape[2]
-    distance = diagonal(q.shape[1], k.shape[1], q.device)[None]
-    allowed = inside(distance, causal, window_left, window_right)
     scores, capped = _scores(q, k, distance, allowed, softcap, scale, alibi_slopes, mask)
     wide = scores.dtype
     probs = _exp_minus(scores, lse.to(wide)[..., None])

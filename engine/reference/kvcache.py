@@ -29,11 +29,11 @@ def kvcache_append(
     rotary_interleaved: bool = True,
 ) -> None:
     """Writes key t of row b to slot cache_seqlens[b] + t, rotated to that position. Tokens out of range are skipped."""
-    rows, steps = _rows_and_steps(k, cu_seqlens)
+    rows, steps = rows_and_steps(k, cu_seqlens)
     position = cache_seqlens.long()[rows] + steps
     if rotary_cos is not None and rotary_sin is not None:
         k = rotate(k, position, rotary_cos, rotary_sin, rotary_interleaved)
-    slots, valid = _slots(position, rows, k_cache, block_table, cache_batch_idx)
+    slots, valid = slots_of(position, rows, k_cache, block_table, cache_batch_idx)
     _write(k_cache, k.flatten(0, -3), slots.flatten(), valid.flatten())
     _write(v_cache, v.flatten(0, -3), slots.flatten(), valid.flatten())
 
@@ -66,7 +66,7 @@ def kvcache_attention(
     Queries rotate at cache_seqlens + i where order matters (causal, window or tree), else all at cache_seqlens.
     """
     batch = cache_seqlens.shape[0]
-    rows, steps = _rows_and_steps(q, cu_seqlens_q)
+    rows, steps = rows_and_steps(q, cu_seqlens_q)
     if rotary_cos is not None and rotary_sin is not None:
         ordered = causal or window_left >= 0 or window_right >= 0 or tree_mask is not None
         q = rotate(
@@ -86,9 +86,9 @@ def kvcache_attention(
 
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     keys = torch.arange(capacity, device=q.device).expand(batch, capacity)
-    slots, valid = _slots(keys, torch.arange(batch, device=q.device)[:, None], k_cache, block_table, cache_batch_idx)
+    slots, valid = slots_of(keys, torch.arange(batch, device=q.device)[:, None], k_cache, block_table, cache_batch_idx)
     valid = valid & (keys >= first[:, None]) & (keys < total[:, None])
-    keys_read, values_read = (_read(cache, slots, valid) for cache in (k_cache, v_cache))
+    keys_read, values_read = (read(cache, slots, valid) for cache in (k_cache, v_cache))
 
     row = torch.arange(max_seqlen_q, device=q.device)
     distance = (total - count)[:, None, None] + row[:, None] - keys[:, None, :]  # [B, Sq, capacity]
@@ -126,7 +126,7 @@ def rotate(
     return torch.cat([turned.to(x.dtype), x[..., 2 * half :]], -1)
 
 
-def _rows_and_steps(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def rows_and_steps(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Batch row and place in the row of every token: [B, 1] and [S], or [total] and [total] for ragged rows."""
     if cu_seqlens is None:
         return torch.arange(x.shape[0], device=x.device)[:, None], torch.arange(x.shape[1], device=x.device)
@@ -140,7 +140,7 @@ def _counts(cu_seqlens: Tensor | None, batch: int, length: int, device: torch.de
     return torch.full((batch,), length, device=device) if cu_seqlens is None else cu_seqlens.long().diff()
 
 
-def _slots(
+def slots_of(
     position: Tensor,  # [...] index of a key in its row
     rows: Tensor,  # broadcastable to position
     cache: Tensor,
@@ -170,7 +170,7 @@ def _write(cache: Tensor, values: Tensor, slots: Tensor, valid: Tensor) -> None:
     cache[index] = torch.where(valid.any(), values[source].to(cache.dtype), cache[index])
 
 
-def _read(cache: Tensor, slots: Tensor, valid: Tensor) -> Tensor:
+def read(cache: Tensor, slots: Tensor, valid: Tensor) -> Tensor:
     """cache.flatten(0, 1)[slots] with zeros where not valid.   [B, capacity, Hkv, D]"""
     if cache.shape[0] * cache.shape[1] == 0:
         return cache.new_zeros(*slots.shape, *cache.shape[2:])
