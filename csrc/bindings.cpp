@@ -1,38 +1,21 @@
-// The only file that knows Python. Arguments arrive checked; pointers are integers; the GIL is released while a kernel
-// runs. The instruction set is chosen once, at load: the best this CPU has, or the one ONEPASS_CPU_ISA names.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// The CPU's kernels as Python sees them; beside this file only bindings*.* knows Python. The GIL is released while a
+// kernel runs. The instruction set is chosen once, at load: the best this CPU has, or the one ONEPASS_CPU_ISA names.
+#include "bindings.h"
 
 #include <algorithm>
 #include <cstdlib>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
-#include "onepass/attention.h"
 #include "onepass/bandwidth.h"
-#include "onepass/denoise.h"
-#include "onepass/reparam.h"
-#include "onepass/rng.h"
-#include "onepass/volrend.h"
-#ifdef ONEPASS_WITH_CUDA
-#include "onepass/cuda.h"
-#endif
 
-namespace py = pybind11;
 using namespace onepass;
+using namespace onepass::bindings;
 
 namespace {
-
-using Pointer = uintptr_t;  // tensor.data_ptr(); 0 where there is no tensor
-
-template <class T>
-T* at(Pointer p) {
-  return reinterpret_cast<T*>(p);
-}
 
 bool runs_here(Isa isa) {
   switch (isa) {
@@ -104,20 +87,6 @@ Kernels load(Isa isa) {
 
 Kernels kernels;
 
-// (value, pointer to values or 0, step): one part of a random key.
-using KeyArgument = std::tuple<int64_t, Pointer, int64_t>;
-
-KeyPart key_part(const KeyArgument& a) { return {std::get<0>(a), at<const int64_t>(std::get<1>(a)), std::get<2>(a)}; }
-
-// Of seed, stream and offset; None where no number is drawn.
-using KeysArgument = std::optional<std::tuple<KeyArgument, KeyArgument, KeyArgument>>;
-
-Keys keys(const KeysArgument& a) {
-  if (!a) return {};
-  const auto& [seed, stream, offset] = *a;
-  return {key_part(seed), key_part(stream), key_part(offset)};
-}
-
 void bind_rng(py::module_& m) {
   m.def("rng_fill", [](int distribution, const KeysArgument& key, int64_t rows, int64_t length, int dtype, Pointer out,
                        int num_threads) {
@@ -128,28 +97,7 @@ void bind_rng(py::module_& m) {
   });
 }
 
-// (pointer or 0, elements from a row to the next)
-using RowsArgument = std::pair<Pointer, int64_t>;
-
-RowsIn rows_in(const RowsArgument& a) { return {at<const void>(a.first), a.second}; }
-
-// Pointers and steps one by one: unpacking tuples costs more than the rest of the call.
-Reparam reparam(int64_t rows, int64_t length, int dtype, Pointer mean, int64_t mean_step, Pointer logvar,
-                int64_t logvar_step, Pointer noise, int64_t noise_step, const KeysArgument& key, bool keys_per_row,
-                int num_threads) {
-  return {rows,
-          length,
-          static_cast<DType>(dtype),
-          {at<const void>(mean), mean_step},
-          {at<const void>(logvar), logvar_step},
-          {at<const void>(noise), noise_step},
-          keys(key),
-          keys_per_row,
-          num_threads};
-}
-
 void bind_reparam(py::module_& m) {
-  m.attr("KL_TILE") = KL_TILE;
   m.def("reparam_forward", [](int64_t rows, int64_t length, int dtype, Pointer mean, int64_t mean_step, Pointer logvar,
                               int64_t logvar_step, Pointer noise, int64_t noise_step, const KeysArgument& key,
                               bool keys_per_row, int num_threads, Pointer z, Pointer kl, Pointer partial) {
@@ -204,71 +152,7 @@ void bind_denoise(py::module_& m) {
       });
 }
 
-// (pointer, elements from a batch row, a token and a head to the next)
-using HeadsArgument = std::tuple<Pointer, int64_t, int64_t, int64_t>;
-
-Heads heads(const HeadsArgument& a) {
-  return {at<const void>(std::get<0>(a)), std::get<1>(a), std::get<2>(a), std::get<3>(a)};
-}
-
 void bind_attention(py::module_& m) {
-  py::class_<Cache>(m, "Cache")
-      .def(py::init([](Pointer seqlens, int64_t keys, int64_t appended, int64_t slots, int64_t pages,
-                       Pointer block_table, int64_t blocks, Pointer batch_idx, Pointer leftpad, Pointer cu_seqlens) {
-        return Cache{at<const int32_t>(seqlens),
-                     keys,
-                     appended,
-                     slots,
-                     pages,
-                     at<const int32_t>(block_table),
-                     blocks,
-                     at<const int32_t>(batch_idx),
-                     at<const int32_t>(leftpad),
-                     at<const int32_t>(cu_seqlens)};
-      }));
-  py::class_<Rotary>(m, "Rotary")
-      .def(py::init([](Pointer cos, Pointer sin, int64_t positions, int64_t half, bool interleaved) {
-        return Rotary{at<const float>(cos), at<const float>(sin), positions, half, interleaved};
-      }));
-  py::class_<Attention>(m, "Attention")
-      .def(py::init([](std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t> sizes, int dtype,
-                       const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v, const HeadsArgument& out,
-                       Pointer lse, const Cache& cache, const Rotary& rotary, bool rotary_ordered, int64_t window_left,
-                       int64_t window_right, float softcap, float scale, Pointer slopes, int64_t slopes_batch,
-                       Pointer sinks, int mask_kind, Pointer mask,
-                       std::tuple<int64_t, int64_t, int64_t, int64_t> mask_steps, Pointer tree, int num_threads) {
-        const auto [batch, n_heads, kv_heads, head_dim, value_dim, queries, tokens] = sizes;
-        const auto [mask_batch, mask_head, mask_row, mask_key] = mask_steps;
-        if (const char* fault = cache_fault(cache, batch, queries, tokens, rotary))
-          throw py::value_error(std::string(fault) + " points outside the cache");
-        return Attention{batch,
-                         n_heads,
-                         kv_heads,
-                         head_dim,
-                         value_dim,
-                         queries,
-                         tokens,
-                         static_cast<DType>(dtype),
-                         heads(q),
-                         heads(k),
-                         heads(v),
-                         heads(out),
-                         at<float>(lse),
-                         cache,
-                         rotary,
-                         rotary_ordered,
-                         window_left,
-                         window_right,
-                         softcap,
-                         scale,
-                         at<const float>(slopes),
-                         slopes_batch,
-                         at<const float>(sinks),
-                         ScoreMask{static_cast<MaskKind>(mask_kind), at<const void>(mask), mask_batch, mask_head,
-                                   mask_row, mask_key},
-                         at<const uint8_t>(tree),
-                         num_threads};
-      }));
   m.def("attention_workspace", [](const Attention& p) { return kernels.attention.workspace(p); });
   m.def("attention_forward", [](const Attention& p, Pointer workspace) {
     py::gil_scoped_release nogil;
@@ -304,13 +188,6 @@ void bind_bandwidth(py::module_& m) {
 #define ONEPASS_COMPILER "gcc " __VERSION__
 #endif
 
-// (pointer or 0, elements from a ray to the next, dtype)
-using SamplesArgument = std::tuple<Pointer, int64_t, int>;
-
-Samples samples(const SamplesArgument& a) {
-  return {at<const void>(std::get<0>(a)), std::get<1>(a), static_cast<DType>(std::get<2>(a))};
-}
-
 // The samples of the longest ray, or -1 where offsets do not ascend from 0 to `total`.
 int64_t longest_ray(const int64_t* offsets, int64_t n_rays, int64_t total) {
   int64_t longest = 0;
@@ -327,30 +204,6 @@ void bind_volrend(py::module_& m) {
   m.def("longest_ray", [](Pointer offsets, int64_t n_rays, int64_t total) {
     return longest_ray(at<const int64_t>(offsets), n_rays, total);
   });
-  py::class_<Composite>(m, "Composite")
-      .def(py::init([](int64_t n_rays, int64_t n_samples, int64_t n_channels, Pointer ray_offsets,
-                       const SamplesArgument& sigmas, const SamplesArgument& alphas, const SamplesArgument& features,
-                       const SamplesArgument& t_starts, const SamplesArgument& t_ends, Pointer background,
-                       int64_t background_step, Pointer prefix_trans, float early_stop_eps, int depth, int num_threads,
-                       int tasks, Pointer scratch) {
-        return Composite{n_rays,
-                         n_samples,
-                         n_channels,
-                         at<const int64_t>(ray_offsets),
-                         samples(sigmas),
-                         samples(alphas),
-                         samples(features),
-                         samples(t_starts),
-                         samples(t_ends),
-                         at<const float>(background),
-                         background_step,
-                         at<const float>(prefix_trans),
-                         early_stop_eps,
-                         static_cast<Depth>(depth),
-                         num_threads,
-                         tasks,
-                         at<float>(scratch)};
-      }));
   m.def("composite_forward",
         [](const Composite& p, Pointer features, Pointer depth, Pointer opacity, Pointer weights, Pointer distortion) {
           py::gil_scoped_release nogil;
@@ -381,9 +234,11 @@ PYBIND11_MODULE(_C, m) {
 #ifdef ONEPASS_WITH_CUDA
   m.attr("has_cuda") = true;
   m.def("cuda_devices", cuda_devices);
+  bind_cuda(m.def_submodule("cuda"));
 #else
   m.attr("has_cuda") = false;
 #endif
+  bind_calls(m);
   bind_rng(m);
   bind_reparam(m);
   bind_attention(m);

@@ -1,5 +1,7 @@
 """Native kernels: see csrc/bindings.cpp. Pointers are integers, 0 for none."""
 
+from typing import Any
+
 _Key = tuple[int, int, int]     # number, pointer to int64 values, step from row to row
 _Keys = tuple[_Key, ...]       # of seed, stream and offset
 _Rows = tuple[int, int]         # pointer, elements from one row to the next
@@ -13,6 +15,7 @@ DENOISE_COLUMNS: int
 MAX_HISTORY: int
 
 def cuda_devices() -> list[str]: ...
+cuda: Any       # where has_cuda: the functions below that have a CUDA kernel, with (device, stream) for num_threads
 
 def rng_fill(
     distribution: int, keys: _Keys, rows: int, length: int, dtype: int, out: int, num_threads: int, /

@@ -43,7 +43,7 @@ def _why_off(op: registry.Op, backend: str) -> str | None:
     """Why a backend cannot run here at all, or None."""
     if backend not in op.impls:
         return "no kernel yet"
-    return _native.error if backend == "cpu" else None
+    return {"cpu": _native.error, "cuda": _native.cuda_error}.get(backend)
 
 
 def collect() -> dict[str, Any]:

@@ -23,6 +23,14 @@ def native_cpu(*args: Any) -> str | None:
     return None
 
 
+def native_cuda(*args: Any) -> str | None:
+    """The part that every CUDA kernel asks: each tensor is in device memory and the extension has its CUDA part."""
+    for x in args:
+        if type(x) not in SCALARS and isinstance(x, Tensor) and not _native.on_device(x):
+            return f"a tensor is on {x.device}, the kernel reads device memory"
+    return _native.cuda_error
+
+
 def cpu_dtype(dtype: torch.dtype) -> str | None:
     return None if dtype in _CPU_DTYPES else f"dtype is {dtype}, the kernel takes float32, bfloat16 and float16"
 
@@ -30,6 +38,10 @@ def cpu_dtype(dtype: torch.dtype) -> str | None:
 def floats_cpu(x: Tensor, *args: Any) -> str | None:
     """Host tensors, the first of a dtype that the kernels know."""
     return native_cpu(x, *args) or cpu_dtype(x.dtype)
+
+
+def floats_cuda(x: Tensor, *args: Any) -> str | None:
+    return native_cuda(x, *args) or cpu_dtype(x.dtype)
 
 
 def rng_cpu(shape: Any, distribution: str, seed: int, seeds: Tensor | None, stream: int, streams: Tensor | None,
@@ -41,6 +53,17 @@ def rng_cpu(shape: Any, distribution: str, seed: int, seeds: Tensor | None, stre
 
 def reparam_backward_cpu(grad_z: Tensor | None, grad_kl: Tensor | None, mean: Tensor, *args: Any) -> str | None:
     return floats_cpu(mean, *args) or native_cpu(grad_z, grad_kl)
+
+
+def rng_cuda(shape: Any, distribution: str, seed: int, seeds: Tensor | None, stream: int, streams: Tensor | None,
+             offset: int, offsets: Tensor | None, dtype: torch.dtype, device: torch.device) -> str | None:
+    if device.type != ("cpu" if _native.emulated else "cuda"):
+        return f"device is {device}, the kernel writes device memory"
+    return native_cuda(seeds, streams, offsets) or cpu_dtype(dtype)
+
+
+def reparam_backward_cuda(grad_z: Tensor | None, grad_kl: Tensor | None, mean: Tensor, *args: Any) -> str | None:
+    return floats_cuda(mean, *args) or native_cuda(grad_z, grad_kl)
 
 
 def denoise_cpu(sample: Tensor, model_output: Tensor, *args: Any) -> str | None:

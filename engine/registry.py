@@ -54,6 +54,8 @@ _PAGES = "float32, bfloat16, float16; pages with unit stride in the head dim"
 _CACHES = "float32, bfloat16, float16; caches with unit stride in the head dim"
 _CLOSED_FORM = "the closed form of the reference, in PyTorch"
 _HALF_AND_SINGLE = "float32, bfloat16, float16"
+_ANY_STRIDES = f"{_HALF_AND_SINGLE}; any strides"
+_BUILT = "needs the CUDA build"
 
 _RAY_TYPES = f"{_HALF_AND_SINGLE}; views of rays"
 _RAYS = (
@@ -72,6 +74,7 @@ _TABLE = [
         f"(SymInt[] shape, str distribution, {_KEYS}, ScalarType dtype, Device device, *, str? backend=None) -> Tensor",
         "rng.uniform, rng.normal, rng.gumbel, rng.exponential, rng.laplace, rng.logistic",
         {
+            "cuda": Impl("onepass._native.rng:fill", supports.rng_cuda, f"{_HALF_AND_SINGLE}; {_BUILT}"),
             "cpu": Impl("onepass._native.rng:fill", supports.rng_cpu, _HALF_AND_SINGLE),
             "reference": _reference("rng:fill"),
         },
@@ -81,7 +84,8 @@ _TABLE = [
         f"(Tensor mean, Tensor logvar, Tensor? noise, {_KEYS}, bool kl, *, str? backend=None) -> (Tensor z, Tensor kl)",
         "reparameterize, reparameterize_kl",
         {
-            "cpu": Impl("onepass._native.reparam:forward", supports.floats_cpu, f"{_HALF_AND_SINGLE}; any strides"),
+            "cuda": Impl("onepass._native.reparam:forward", supports.floats_cuda, f"{_ANY_STRIDES}; {_BUILT}"),
+            "cpu": Impl("onepass._native.reparam:forward", supports.floats_cpu, _ANY_STRIDES),
             "reference": _reference("reparam:reparameterize"),
         },
     ),
@@ -91,8 +95,11 @@ _TABLE = [
         f"{_KEYS}, bool noise_grad, *, str? backend=None) -> (Tensor grad_mean, Tensor grad_logvar, Tensor grad_noise)",
         "the gradient of reparameterize and reparameterize_kl",
         {
+            "cuda": Impl(
+                "onepass._native.reparam:backward", supports.reparam_backward_cuda, f"{_ANY_STRIDES}; {_BUILT}"
+            ),
             "cpu": Impl(
-                "onepass._native.reparam:backward", supports.reparam_backward_cpu, f"{_HALF_AND_SINGLE}; any strides"
+                "onepass._native.reparam:backward", supports.reparam_backward_cpu, _ANY_STRIDES
             ),
             "reference": _reference("reparam:reparameterize_backward"),
         },
@@ -103,7 +110,7 @@ _TABLE = [
         "*, str? backend=None) -> (Tensor out, Tensor lse)",
         "attention",
         {
-            "cpu": Impl("onepass._native.attention:forward", supports.floats_cpu, f"{_HALF_AND_SINGLE}; any strides"),
+            "cpu": Impl("onepass._native.attention:forward", supports.floats_cpu, _ANY_STRIDES),
             "reference": _reference("attention:attention_forward"),
         },
     ),

@@ -208,7 +208,7 @@ def test_neighbouring_keys_are_not_correlated():
     ({"dtype": torch.int32}, TypeError, "dtype=torch.int32: expected float32"),
     ({"out": torch.zeros(2)}, ValueError, r"out has shape \(2,\), expected \(3, 4\)"),
     ({"backend": "gpu"}, ValueError, "backend='gpu': expected one of cuda, triton, cpu, reference"),
-    ({"backend": "cuda"}, ValueError, "rng_fill: backend='cuda' cannot take this call: rng_fill has no cuda kernel"),
+    ({"backend": "cuda"}, ValueError, "rng_fill: backend='cuda' cannot take this call: device is cpu"),
 ])
 def test_bad_input(kwargs, error, text):
     with pytest.raises(error, match=text):

@@ -1,10 +1,13 @@
 // The recipe of engine/reference/rng.py, lane by lane and bit by bit: no fma(), the order of operations is the
 // definition. A draw of 4 W elements: block n of Philox in lane n of four vectors of words, then woven into order.
 #pragma once
+#include "onepass/recipe.h"
 #include "onepass/rng.h"
 #include "vec.h"
 
 namespace onepass::ONEPASS_ISA {
+
+using namespace recipe;
 
 inline constexpr int DRAW = 4 * W;  // elements a call gives
 
@@ -42,16 +45,16 @@ OP_INLINE Words philox(const Key& key, uint64_t block) {
   U32 c0 = low, c1 = splat_u32(static_cast<uint32_t>(block >> 32)) + carry;
   U32 c2 = splat_u32(static_cast<uint32_t>(key.stream)), c3 = splat_u32(static_cast<uint32_t>(key.stream >> 32));
   uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < ROUNDS; ++round) {
     U32 high0, low0, high1, low1;
-    multiply(c0, 0xD2511F53u, high0, low0);
-    multiply(c2, 0xCD9E8D57u, high1, low1);
+    multiply(c0, MULTIPLIER_0, high0, low0);
+    multiply(c2, MULTIPLIER_1, high1, low1);
     c0 = high1 ^ c1 ^ k0;
     c1 = low1;
     c2 = high0 ^ c3 ^ k1;
     c3 = low0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    k0 += WEYL_0;
+    k1 += WEYL_1;
   }
   return {{c0, c1, c2, c3}};
 }
@@ -63,28 +66,28 @@ OP_INLINE F32 unit(U32 word) {
   // Both halves are exact and the sum rounds once: the signed conversion is the only one there is.
   const F32 x = to_f32((I32)(word >> 16)) * 65536.0f + to_f32((I32)(word & 0xFFFFu));
 #endif
-  return min(x * 0x1p-32f + 0x1p-33f, splat(1.0f - 0x1p-24f));
+  return min(x * UNIT_STEP + UNIT_MIDDLE, splat(UNIT_MOST));
 }
 
 OP_INLINE F32 ln_reduced(F32 f, F32 k) {
-  F32 p = splat(-0.07636439f);
-  p = p * f + 0.12762217f;
-  p = p * f + -0.1315961f;
-  p = p * f + 0.1420158f;
-  p = p * f + -0.16623409f;
-  p = p * f + 0.20001242f;
-  p = p * f + -0.2500082f;
-  p = p * f + 0.3333333f;
+  F32 p = splat(LN_0);
+  p = p * f + LN_1;
+  p = p * f + LN_2;
+  p = p * f + LN_3;
+  p = p * f + LN_4;
+  p = p * f + LN_5;
+  p = p * f + LN_6;
+  p = p * f + LN_7;
   const F32 square = f * f;
-  const F32 tail = f * square * p + k * -2.1219444e-4f;
-  return (tail - 0.5f * square + f) + k * 0.693359375f;
+  const F32 tail = f * square * p + k * LN2_LOW;
+  return (tail - 0.5f * square + f) + k * LN2_HIGH;
 }
 
 // x = m 2^k with m in [sqrt(1/2), sqrt(2)).
 OP_INLINE F32 split(F32 x, I32& k) {
-  const I32 bits = as_i32(x) - 0x3F3504F3;
+  const I32 bits = as_i32(x) - SQRT_HALF_BITS;
   k = bits >> 23;
-  return as_f32((bits & 0x7FFFFF) + 0x3F3504F3);
+  return as_f32((bits & 0x7FFFFF) + SQRT_HALF_BITS);
 }
 
 OP_INLINE F32 ln(F32 x) {
@@ -104,14 +107,14 @@ OP_INLINE void sincos_turn(F32 u, F32& sin, F32& cos) {  // of 2 pi u, u in [0, 
   const F32 quarters = 4.0f * u;
   const I32 quadrant = truncate(quarters + 0.5f);
   const F32 r = quarters - to_f32(quadrant), square = r * r;
-  F32 s = splat(-0.0046037226f);
-  s = s * square + 0.07968108f;
-  s = s * square + -0.6459636f;
-  F32 c = splat(0.0008944864f);
-  c = c * square + -0.020855596f;
-  c = c * square + 0.25366855f;
-  c = c * square + -1.2337005f;
-  const F32 sine = r * 1.5707964f + (r * square * s + r * -4.371139e-08f);
+  F32 s = splat(SIN_0);
+  s = s * square + SIN_1;
+  s = s * square + SIN_2;
+  F32 c = splat(COS_0);
+  c = c * square + COS_1;
+  c = c * square + COS_2;
+  c = c * square + COS_3;
+  const F32 sine = r * HALF_PI_HIGH + (r * square * s + r * HALF_PI_LOW);
   const F32 cosine = square * c + 1.0f;
   const I32 odd = (quadrant & 1) != 0;
   const I32 sin_sign = (quadrant & 2) << 30, cos_sign = ((quadrant + 1) & 2) << 30;

@@ -1,6 +1,8 @@
 """From tensors to the pointers that onepass._C takes. Arguments arrive checked; nothing is read but metadata."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,12 @@ except ImportError as failure:
     error: str | None = f"the native extension onepass._C is not usable ({failure})"
 else:
     error = None
+
+if error is None and not _C.has_cuda:
+    cuda_error: str | None = "this build has no CUDA part (nvcc was not found, or ONEPASS_CUDA=0)"
+else:
+    cuda_error = error
+emulated = False        # the block emulator stands in for a device: the CUDA kernels are its own and take host tensors
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -51,9 +59,36 @@ def by_rows(x: Tensor, length: int) -> tuple[Tensor, int]:
     return x.contiguous(), length
 
 
+def on_device(x: Tensor) -> bool:
+    """Whether x is where the CUDA kernels read."""
+    return x.is_cpu if emulated else x.is_cuda
+
+
+def kernels(x: Tensor) -> tuple[Any, Any]:
+    """The kernels for x's device, and what they run on: a number of threads, or (device, current stream)."""
+    if not on_device(x):
+        return _C, torch.get_num_threads()
+    device = x.get_device()
+    return _C.cuda, (0, 0) if emulated else (device, torch._C._cuda_getCurrentRawStream(device))
+
+
 def empty_like(x: Tensor) -> Tensor:
     """A contiguous tensor with the shape and dtype of x."""
     return torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
 
 
-__all__ = ["DTYPES", "_C", "by_rows", "empty_like", "error", "key_part", "pointer", "random_keys", "row_length"]
+__all__ = [
+    "DTYPES",
+    "_C",
+    "by_rows",
+    "cuda_error",
+    "empty_like",
+    "emulated",
+    "error",
+    "kernels",
+    "key_part",
+    "on_device",
+    "pointer",
+    "random_keys",
+    "row_length",
+]

@@ -1,10 +1,10 @@
-"""Reparameterized sampling on the CPU."""
+"""Reparameterized sampling on the CPU and on CUDA devices."""
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import _C, DTYPES, by_rows, empty_like, pointer, random_keys, row_length
+from . import _C, DTYPES, by_rows, empty_like, kernels, pointer, random_keys, row_length
 
 
 def forward(
@@ -26,9 +26,10 @@ def forward(
         partial = None
         if kl and length > _C.KL_TILE:
             partial = mean.new_empty(rows * -(-length // _C.KL_TILE), dtype=torch.float64)
-        _C.reparam_forward(
+        native, place = kernels(mean)
+        native.reparam_forward(
             rows, length, DTYPES[mean.dtype], m.data_ptr(), m_step, v.data_ptr(), v_step, pointer(drawn), d_step,
-            keys, per_row, torch.get_num_threads(), z.data_ptr(), total.data_ptr() if kl else 0, pointer(partial),
+            keys, per_row, place, z.data_ptr(), total.data_ptr() if kl else 0, pointer(partial),
         )
     elif kl:
         total.zero_()
@@ -54,9 +55,10 @@ def backward(
         else:
             keys, per_row = random_keys(seed, seeds, stream, streams, offset, offsets)
         on_kl = None if grad_kl is None else grad_kl.contiguous()
-        _C.reparam_backward(
+        native, place = kernels(mean)
+        native.reparam_backward(
             rows, length, DTYPES[mean.dtype], m.data_ptr(), m_step, v.data_ptr(), v_step, pointer(drawn), d_step,
-            keys, per_row, torch.get_num_threads(), pointer(z), z_step, pointer(on_kl), grad_mean.data_ptr(),
+            keys, per_row, place, pointer(z), z_step, pointer(on_kl), grad_mean.data_ptr(),
             grad_logvar.data_ptr(), grad_noise.data_ptr() if noise_grad else 0,
         )
     return grad_mean, grad_logvar, grad_noise

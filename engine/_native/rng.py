@@ -1,11 +1,11 @@
-"""Random numbers on the CPU."""
+"""Random numbers on the CPU and on CUDA devices."""
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
 from ..reference.rng import DISTRIBUTIONS
-from . import _C, DTYPES, random_keys, row_length
+from . import DTYPES, kernels, random_keys, row_length
 
 _CODES = {name: code for code, name in enumerate(DISTRIBUTIONS)}
 
@@ -24,7 +24,6 @@ def fill(
     if result.numel():
         keys, per_row = random_keys(seed, seeds, stream, streams, offset, offsets)
         rows, length = row_length(result) if per_row else (1, result.numel())
-        _C.rng_fill(
-            _CODES[distribution], keys, rows, length, DTYPES[dtype], result.data_ptr(), torch.get_num_threads()
-        )
+        native, place = kernels(result)
+        native.rng_fill(_CODES[distribution], keys, rows, length, DTYPES[dtype], result.data_ptr(), place)
     return result if out is None or out is result else out.copy_(result)

@@ -2,6 +2,12 @@
 #pragma once
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define ONEPASS_EVERYWHERE __host__ __device__
+#else
+#define ONEPASS_EVERYWHERE
+#endif
+
 namespace onepass {
 
 struct BF16 {

@@ -28,4 +28,10 @@ struct ReparamKernels {
 
 ONEPASS_KERNELS(ReparamKernels, reparam)
 
+namespace cuda {
+void reparam_forward(const Reparam&, void* z, float* kl, double* partial, const Stream&);
+void reparam_backward(const Reparam&, const RowsIn& grad_z, const float* grad_kl, void* grad_mean, void* grad_logvar,
+                      void* grad_noise, const Stream&);
+}  // namespace cuda
+
 }  // namespace onepass

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "onepass/cuda.h"
 #include "onepass/dtype.h"
 #include "onepass/isa.h"
 
@@ -19,12 +20,14 @@ struct KeyPart {
   int64_t value;
   const int64_t* values;  // null: `value` counts
   int64_t step;
-  uint64_t at(int64_t row) const { return static_cast<uint64_t>(values ? values[row * step] : value); }
+  ONEPASS_EVERYWHERE uint64_t at(int64_t row) const {
+    return static_cast<uint64_t>(values ? values[row * step] : value);
+  }
 };
 
 struct Keys {
   KeyPart seed, stream, offset;
-  Key at(int64_t row) const { return {seed.at(row), stream.at(row), offset.at(row)}; }
+  ONEPASS_EVERYWHERE Key at(int64_t row) const { return {seed.at(row), stream.at(row), offset.at(row)}; }
 };
 
 struct RngKernels {
@@ -33,5 +36,9 @@ struct RngKernels {
 };
 
 ONEPASS_KERNELS(RngKernels, rng)
+
+namespace cuda {
+void rng_fill(Distribution, const Keys&, int64_t rows, int64_t length, DType, void* out, const Stream&);
+}
 
 }  // namespace onepass

@@ -6,7 +6,9 @@ thread      ThreadSanitizer, every pair of accesses that no barrier orders; like
 """
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import importlib.util
 import os
 import pathlib
@@ -14,12 +16,16 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from types import ModuleType
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
-MODULES = {     # the file that knows Python, and device code and launchers: a library of its own, see emulator.cpp
-    "emulated_faults": (HERE / "faults_module.cpp", [HERE / "faults.cu"]),
+BINDINGS = [HERE / "kernels_module.cpp", ROOT / "csrc" / "bindings_cuda.cpp", ROOT / "csrc" / "attention.cpp"]
+KERNELS = [path for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if path.stem != "device"]
+MODULES = {     # what knows Python; and device code with its launchers, a library of its own (see emulator.cpp)
+    "emulated_faults": ([HERE / "faults_module.cpp"], [HERE / "faults.cu"]),
+    "emulated_kernels": (BINDINGS, KERNELS),
 }
 EMULATOR = [HERE / "emulator" / "emulator.cpp", HERE / "emulator" / "runtime.cpp"]
 SANITIZERS = {"plain": [], "address": ["-fsanitize=address"], "thread": ["-fsanitize=thread"]}
@@ -72,13 +78,14 @@ def build(module: str, variant: str = VARIANT) -> pathlib.Path:
     for source in EMULATOR:
         shared.append(f"{source.stem}.o")
         lines += [f"build {shared[-1]}: compile {source}", f"  flags = {' '.join(own)}"]
-    for name, (binding, sources) in MODULES.items():
-        objects = [f"{name}.{source.name}.o" for source in (binding, *sources)]
-        for source, target in zip((binding, *sources), objects, strict=True):
-            lines += [f"build {target}: compile {source}",
-                      f"  flags = {' '.join(own if source is binding else flags)}"]
-        lines.append(f"build lib{name}.so: link {' '.join(objects[1:] + shared)}")
-        lines.append(f"build {name}{suffix}: link {objects[0]} lib{name}.so")
+    for name, (bindings, sources) in MODULES.items():
+        parts: list[list[str]] = []
+        for group, options in ((bindings, own), (sources, flags)):
+            parts.append([f"{name}.{source.name}.o" for source in group])
+            for source, target in zip(group, parts[-1], strict=True):
+                lines += [f"build {target}: compile {source}", f"  flags = {' '.join(options)}"]
+        lines.append(f"build lib{name}.so: link {' '.join(parts[1] + shared)}")
+        lines.append(f"build {name}{suffix}: link {' '.join(parts[0])} lib{name}.so")
     plan = folder / "build.ninja"
     text = "\n".join(lines) + "\n"
     if not plan.exists() or plan.read_text() != text:
@@ -105,6 +112,27 @@ def load(module: str) -> ModuleType:
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
+
+
+@contextlib.contextmanager
+def device(order: str = "ascending", seed: int = 1) -> Iterator[None]:
+    """The emulator is the CUDA device: backend "cuda" takes host tensors, and the threads run in this order."""
+    from onepass import _native
+
+    module = load("emulated_kernels")
+    module.set_order(ORDERS.index(order), seed)
+    stems = ("", ".attention", ".denoise", ".reparam", ".rng", ".volrend")
+    parts = [importlib.import_module(f"onepass._native{stem}") for stem in stems]
+    before = [(part, part._C) for part in parts if hasattr(part, "_C")], _native.cuda_error
+    try:
+        for part, _ in before[0]:
+            part._C = module
+        _native.emulated, _native.cuda_error = True, None
+        yield
+    finally:
+        for part, own in before[0]:
+            part._C = own
+        _native.emulated, _native.cuda_error = False, before[1]
 
 
 def sanitized(variant: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,45 @@
+// The CUDA kernels as Python sees them. A launch waits for nothing, so the GIL is not worth releasing.
+#include "bindings.h"
+
+namespace onepass::bindings {
+namespace {
+
+using Place = std::pair<int, Pointer>;  // device, cudaStream_t
+
+Stream on(const Place& place) { return {place.first, at<void>(place.second)}; }
+
+void bind_rng(py::module_& m) {
+  m.def("rng_fill", [](int distribution, const KeysArgument& key, int64_t rows, int64_t length, int dtype, Pointer out,
+                       const Place& place) {
+    cuda::rng_fill(static_cast<Distribution>(distribution), keys(key), rows, length, static_cast<DType>(dtype),
+                   at<void>(out), on(place));
+  });
+}
+
+void bind_reparam(py::module_& m) {
+  m.def("reparam_forward", [](int64_t rows, int64_t length, int dtype, Pointer mean, int64_t mean_step, Pointer logvar,
+                              int64_t logvar_step, Pointer noise, int64_t noise_step, const KeysArgument& key,
+                              bool keys_per_row, const Place& place, Pointer z, Pointer kl, Pointer partial) {
+    const Reparam p =
+        reparam(rows, length, dtype, mean, mean_step, logvar, logvar_step, noise, noise_step, key, keys_per_row, 0);
+    cuda::reparam_forward(p, at<void>(z), at<float>(kl), at<double>(partial), on(place));
+  });
+  m.def("reparam_backward", [](int64_t rows, int64_t length, int dtype, Pointer mean, int64_t mean_step, Pointer logvar,
+                               int64_t logvar_step, Pointer noise, int64_t noise_step, const KeysArgument& key,
+                               bool keys_per_row, const Place& place, Pointer grad_z, int64_t grad_z_step,
+                               Pointer grad_kl, Pointer grad_mean, Pointer grad_logvar, Pointer grad_noise) {
+    const Reparam p =
+        reparam(rows, length, dtype, mean, mean_step, logvar, logvar_step, noise, noise_step, key, keys_per_row, 0);
+    cuda::reparam_backward(p, {at<const void>(grad_z), grad_z_step}, at<const float>(grad_kl), at<void>(grad_mean),
+                           at<void>(grad_logvar), at<void>(grad_noise), on(place));
+  });
+}
+
+}  // namespace
+
+void bind_cuda(py::module_ m) {
+  bind_rng(m);
+  bind_reparam(m);
+}
+
+}  // namespace onepass::bindings
