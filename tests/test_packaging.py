@@ -73,7 +73,8 @@ def test_import_is_quick_and_brings_no_integration() -> None:
         "import sys, time, torch; before = set(sys.modules); start = time.perf_counter()\n"
         "import onepass; took = time.perf_counter() - start\n"
         "foreign = {'diffusers', 'transformers', 'rich', 'matplotlib', 'sklearn', 'triton', 'mpmath'}\n"
-        "print(took, *foreign & (set(sys.modules) - before))"
+        "came = set(sys.modules) - before\n"
+        "print(took, *foreign & came, *(name for name in came if 'integrations' in name))"
     )
     runs = (subprocess.check_output([sys.executable, "-c", code], text=True).split() for _ in range(3))
     took, *foreign = min(runs, key=lambda words: float(words[0]))

@@ -20,7 +20,7 @@ def forward(
     if block_table is None:     # every row's cache is all of k, its keys are slots [cu_k[b], cu_k[b + 1])
         batch = cu_k.shape[0] - 1
         k, v = (_unit_stride(x).expand(batch, *x.shape) for x in (k, v))
-        cache = (cu_k[1:], 0, 0, k.shape[1], batch, None, None, cu_k[:-1], cu_q)
+        cache: tuple[Any, ...] = (cu_k[1:], 0, 0, k.shape[1], batch, None, None, cu_k[:-1], cu_q)
     else:
         cache = (cu_k.diff(), 0, 0, k.shape[1], k.shape[0], block_table.contiguous(), None, None, cu_q)
     return _run(

@@ -1,0 +1,1 @@
+"""onepass behind the interfaces of other libraries. Nothing here is imported by `import onepass`."""

@@ -1,0 +1,4 @@
+"""As flash_attn.layers."""
+from . import rotary
+
+__all__ = ["rotary"]
