@@ -32,7 +32,7 @@ KINDS: dict[str, str] = {
     "shuffle": r"SHFL|REDUX|CREDUX",
     "atomic": r"ATOM|ATOMG|ATOMS|RED|REDG|REDAS",
     "special": r"MUFU",
-    "fma": r"FFMA2?|HFMA2|DFMA|HFMA",
+    "fma": r"FFMA2?|DFMA",          # HFMA2 is left out: it is how constants are moved
     "call": r"CALL",
 }
 _KINDS = {kind: re.compile(pattern) for kind, pattern in KINDS.items()}
