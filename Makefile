@@ -10,6 +10,13 @@ SANITIZED := build/sanitize
 SANITIZED_TESTS := $(filter-out %_plans.py %_reference.py,$(wildcard tests/test_attention*.py tests/test_denoise*.py tests/test_volrend*.py)) \
 	tests/test_reparam.py tests/test_rng.py -k "not compile and not library_op and not fake"
 
+# The oldest and the newest Triton that pair with the supported builds of PyTorch.
+TRITON_OLD := 3.6.0
+TRITON_NEW := 3.9.0
+GPULESS := build/gpuless
+with_triton = TRITON_CACHE_DIR=$(abspath $(GPULESS))/cache-$(1) PYTHONPATH=$(abspath $(GPULESS))/triton-$(1) $(2) $(BIN)/python
+INTERPRETED := rng reparam
+
 .PHONY: help build demo test test-all bench lint format docs gpu-check sanitize clean
 help:
 	@echo "make demo       four generative workloads, stock against onepass; writes demo_out/report.html"
@@ -17,6 +24,7 @@ help:
 	@echo "make bench      benchmarks of every op, to bench_out/"
 	@echo "make lint       ruff, clang-format, mypy on the installed package, generated docs; make format mends"
 	@echo "make docs       writes docs/ops.md from the table of ops and backends"
+	@echo "make gpuless    GPU kernels without a GPU; make kernel-report accepts what they compile to"
 	@echo "make gpu-check  build, GPU tests and baselines on a machine with an NVIDIA GPU; OUT=DIR"
 	@echo "make sanitize   the tests of the CPU kernels under ASan and UBSan"
 	@echo "make TORCH='torch==X' ... chooses the build of PyTorch ($(TORCH))"
@@ -68,6 +76,33 @@ format: build
 
 docs: build
 	$(BIN)/onepass info --markdown > docs/ops.md
+
+# Two Tritons lie beside the environment, which needs none itself.
+$(GPULESS)/triton-%/ready: | build
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(@D) triton==$*
+	@touch $@
+
+# GPU kernels without a GPU: interpreted, compiled for every architecture, and the report of what they compile to.
+.PHONY: gpuless kernel-report gpuless-interpreted gpuless-compiled-%
+gpuless: build $(GPULESS)/triton-$(TRITON_OLD)/ready $(GPULESS)/triton-$(TRITON_NEW)/ready
+	$(MAKE) --no-print-directory -j2 --output-sync=target gpuless-interpreted gpuless-compiled-$(TRITON_OLD) \
+		gpuless-compiled-$(TRITON_NEW)
+	$(BIN)/python tests/gpuless/report.py check $(GPULESS)/triton-*.json
+	$(call with_triton,$(TRITON_NEW)) -m pytest -q tests/gpuless/test_cubin.py tests/gpuless/test_report.py
+
+gpuless-interpreted:
+	$(call with_triton,$(TRITON_OLD),TRITON_INTERPRET=1) -m pytest -q tests/gpuless/triton
+	$(call with_triton,$(TRITON_NEW),TRITON_INTERPRET=1) -m pytest -q tests/gpuless/triton $(INTERPRETED:%=tests/test_%.py) \
+		-k "triton" -m "not slow"
+
+gpuless-compiled-%:
+	$(call with_triton,$*) -m pytest -q tests/gpuless/triton
+	$(call with_triton,$*) tests/gpuless/report.py collect $(GPULESS)/triton-$*.json
+
+kernel-report: build $(GPULESS)/triton-$(TRITON_OLD)/ready $(GPULESS)/triton-$(TRITON_NEW)/ready
+	$(call with_triton,$(TRITON_OLD)) tests/gpuless/report.py collect $(GPULESS)/triton-$(TRITON_OLD).json
+	$(call with_triton,$(TRITON_NEW)) tests/gpuless/report.py collect $(GPULESS)/triton-$(TRITON_NEW).json
+	$(BIN)/python tests/gpuless/report.py write $(GPULESS)/triton-*.json
 
 gpu-check:
 	$(PYTHON) benches/gpu_check.py --out $(OUT)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, _native, registry
+from . import __version__, _native, _supports_triton, registry
 
 
 def _processor() -> str:
@@ -43,6 +43,8 @@ def _why_off(op: registry.Op, backend: str) -> str | None:
     """Why a backend cannot run here at all, or None."""
     if backend not in op.impls:
         return "no kernel yet"
+    if backend == "triton":
+        return _supports_triton.missing() or (None if torch.cuda.is_available() else "torch sees no GPU")
     return {"cpu": _native.error, "cuda": _native.cuda_error}.get(backend)
 
 

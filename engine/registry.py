@@ -15,6 +15,7 @@ import torch
 
 from . import _attention_checks as expect
 from . import _supports as supports
+from . import _supports_triton as triton
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _DEVICE_BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}      # preferred first; the reference takes the rest
@@ -75,6 +76,7 @@ _TABLE = [
         "rng.uniform, rng.normal, rng.gumbel, rng.exponential, rng.laplace, rng.logistic",
         {
             "cuda": Impl("onepass._native.rng:fill", supports.rng_cuda, f"{_HALF_AND_SINGLE}; {_BUILT}"),
+            "triton": Impl("onepass.kernels.rng:fill", triton.rng, _HALF_AND_SINGLE),
             "cpu": Impl("onepass._native.rng:fill", supports.rng_cpu, _HALF_AND_SINGLE),
             "reference": _reference("rng:fill"),
         },
@@ -85,6 +87,7 @@ _TABLE = [
         "reparameterize, reparameterize_kl",
         {
             "cuda": Impl("onepass._native.reparam:forward", supports.floats_cuda, f"{_ANY_STRIDES}; {_BUILT}"),
+            "triton": Impl("onepass.kernels.reparam:forward", triton.reparam, _ANY_STRIDES),
             "cpu": Impl("onepass._native.reparam:forward", supports.floats_cpu, _ANY_STRIDES),
             "reference": _reference("reparam:reparameterize"),
         },
@@ -98,6 +101,7 @@ _TABLE = [
             "cuda": Impl(
                 "onepass._native.reparam:backward", supports.reparam_backward_cuda, f"{_ANY_STRIDES}; {_BUILT}"
             ),
+            "triton": Impl("onepass.kernels.reparam:backward", triton.reparam_backward, _ANY_STRIDES),
             "cpu": Impl(
                 "onepass._native.reparam:backward", supports.reparam_backward_cpu, _ANY_STRIDES
             ),

@@ -13,7 +13,22 @@ from onepass import _native
 
 ISAS: tuple[str, ...] = () if _native.error else tuple(_native._C.usable_isas)
 needs_native = pytest.mark.skipif(not ISAS, reason="no native extension")
-BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]
+CPU = pytest.param("cpu", marks=needs_native)
+BACKENDS = ["reference", CPU]
+
+# Triton's kernels run on a GPU (`make gpu-check`), or in the interpreter on host memory (`make gpuless`).
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    from gpuless.triton import interpreter
+
+    interpreter.install()
+_on_a_gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"))
+TRITON = pytest.param("triton", marks=() if INTERPRETED else _on_a_gpu)
+ALL_BACKENDS = [*BACKENDS, TRITON]      # for tests that put their tensors where device_of says
+
+
+def device_of(backend: str | None) -> str:
+    return "cuda" if backend == "cuda" or (backend == "triton" and not INTERPRETED) else "cpu"
 
 
 def assert_as_good_as_torch(got: Tensor, same_dtype: Tensor, truth: Tensor, name: str = "result") -> None:

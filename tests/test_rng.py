@@ -12,7 +12,7 @@ import onepass
 from onepass import rng
 from onepass.reference import rng as reference
 
-from helpers import BACKENDS, ISAS, needs_native, run_python
+from helpers import ALL_BACKENDS, CPU, INTERPRETED, ISAS, TRITON, device_of, needs_native, run_python
 
 FUNCTIONS = {name: getattr(rng, name) for name in reference.DISTRIBUTIONS}
 
@@ -38,11 +38,12 @@ GOLDEN = {      # float32 bits of elements 0 to 7, seed 0x123456789ABCDEF0, stre
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_golden_words(name, backend):
     drawn = FUNCTIONS[name](
-        (8,), seed=0x123456789ABCDEF0, stream=0x0100000000000007, offset=2**32 - 1, dtype=torch.float32, backend=backend
+        (8,), seed=0x123456789ABCDEF0, stream=0x0100000000000007, offset=2**32 - 1, dtype=torch.float32,
+        backend=backend, device=device_of(backend),
     )
     assert [f"{x & 0xFFFFFFFF:08x}" for x in drawn.view(torch.int32).tolist()] == GOLDEN[name].split()
 
@@ -74,20 +75,20 @@ def test_draws_follow_their_formulas(name):
     torch.testing.assert_close(got.double(), expected, rtol=6e-7, atol=8e-7)
 
 
-@needs_native
-@settings(deadline=None, max_examples=60)
+@pytest.mark.parametrize("backend", [CPU, TRITON])
+@settings(deadline=None, max_examples=20 if INTERPRETED else 60)
 @given(
     name=st.sampled_from(sorted(FUNCTIONS)), shape=st.lists(st.integers(0, 70), min_size=0, max_size=3),
     seed=st.integers(0, 2**64 - 1), stream=st.integers(0, 2**64 - 1),
     offset=st.one_of(st.integers(0, 2**20), st.integers(2**32 - 40, 2**32 + 40), st.integers(2**63, 2**64 - 1)),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-def test_cpu_is_bit_equal_to_the_reference(name, shape, seed, stream, offset, dtype):
-    drawn = [
-        FUNCTIONS[name](shape, seed=seed, stream=stream, offset=offset, dtype=dtype, backend=backend)
-        for backend in ("cpu", "reference")
-    ]
-    assert torch.equal(*drawn)
+def test_bit_equal_to_the_reference(backend, name, shape, seed, stream, offset, dtype):
+    key = {"seed": seed, "stream": stream, "offset": offset}
+    got, expected = (
+        FUNCTIONS[name](shape, **key, dtype=dtype, backend=b, device=device_of(b)) for b in (backend, "reference")
+    )
+    assert torch.equal(got.cpu(), expected)
 
 
 DIGEST = """
@@ -126,21 +127,22 @@ def test_the_error_over_every_word_is_below_two_ulp():
     assert max(rng_error.measure(stride=1).values()) < 2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_rows_offsets_and_prefixes(backend):
     """A row has the bits it has alone; a longer draw begins with the shorter one; offset skips blocks of four."""
-    seeds = torch.tensor([5, -1, 2**40, 5])
-    batch = rng.normal((4, 3, 37), seed=seeds, stream=torch.tensor([0, 1, 2, 3]), backend=backend)
+    on = {"backend": backend, "device": device_of(backend)}
+    seeds = torch.tensor([5, -1, 2**40, 5], device=on["device"])
+    batch = rng.normal((4, 3, 37), seed=seeds, stream=torch.tensor([0, 1, 2, 3], device=on["device"]), **on)
     for b in range(4):
-        alone = rng.normal((3, 37), seed=int(seeds[b]), stream=b, backend=backend)
+        alone = rng.normal((3, 37), seed=int(seeds[b]), stream=b, **on)
         assert torch.equal(batch[b], alone)
-        assert torch.equal(rng.normal((1, 3, 37), seed=seeds[b : b + 1], stream=b, backend=backend)[0], alone)
-    longer = rng.normal((1000,), seed=8, backend=backend)
-    assert torch.equal(rng.normal((999,), seed=8, backend=backend), longer[:999])
-    assert torch.equal(rng.normal((600,), seed=8, offset=100, backend=backend), longer[400:])
-    key = {"seed": torch.tensor(8), "offset": torch.tensor(100)}
-    assert torch.equal(rng.normal((600,), **key, backend=backend), longer[400:])
-    assert not torch.equal(rng.normal((1000,), seed=8, stream=1, backend=backend), longer)
+        assert torch.equal(rng.normal((1, 3, 37), seed=seeds[b : b + 1], stream=b, **on)[0], alone)
+    longer = rng.normal((5000,), seed=8, **on)
+    assert torch.equal(rng.normal((4999,), seed=8, **on), longer[:4999])
+    assert torch.equal(rng.normal((4600,), seed=8, offset=100, **on), longer[400:])
+    key = {name: torch.tensor(value, device=on["device"]) for name, value in (("seed", 8), ("offset", 100))}
+    assert torch.equal(rng.normal((4600,), **key, **on), longer[400:])
+    assert not torch.equal(rng.normal((5000,), seed=8, stream=1, **on), longer)
 
 
 @needs_native
@@ -156,13 +158,13 @@ def test_strided_keys_and_thread_counts():
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_out_takes_views_and_nothing_else_changes(backend):
-    base = torch.full((6, 40), math.nan)
+    base = torch.full((6, 40), math.nan, device=device_of(backend))
     view = base[1:5, 3:37]
     got = rng.normal((4, 34), seed=3, out=view, backend=backend)
     assert got.data_ptr() == view.data_ptr()
-    assert torch.equal(view, rng.normal((4, 34), seed=3, backend="reference"))
+    assert torch.equal(view.cpu(), rng.normal((4, 34), seed=3, backend="reference"))
     assert base[0].isnan().all() and base[5].isnan().all() and base[:, :3].isnan().all() and base[:, 37:].isnan().all()
 
 

@@ -140,6 +140,14 @@ def _kernel(name: str, arch: str, usage: dict[str, int], opcodes: list[str]) -> 
     )
 
 
+def sass(cubin: bytes) -> str:
+    """What `cuobjdump -sass` prints."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return _run("cuobjdump", "-sass", file.name)
+
+
 def read(cubin: bytes | os.PathLike[str] | str) -> dict[str, Kernel]:
     """The kernels of a cubin by (mangled) name; a device function that is not inlined counts as one of its own."""
     if isinstance(cubin, bytes):
@@ -147,14 +155,13 @@ def read(cubin: bytes | os.PathLike[str] | str) -> dict[str, Kernel]:
             file.write(cubin)
             file.flush()
             return read(file.name)
-    path = os.fspath(cubin)
+    text = _run("cuobjdump", "-res-usage", "-sass", os.fspath(cubin))
     usage = {
         name: {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
-        for name, line in re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", _run("cuobjdump", "-res-usage", path))
+        for name, line in re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", text)
     }
     none = {"REG": 0, "STACK": 0, "SHARED": 0}
-    functions = _functions(_run("cuobjdump", "-sass", path))
-    return {name: _kernel(name, arch, usage.get(name, none), opcodes) for arch, name, opcodes in functions}
+    return {name: _kernel(name, arch, usage.get(name, none), opcodes) for arch, name, opcodes in _functions(text)}
 
 
 def _round_up(value: int, to: int) -> int:

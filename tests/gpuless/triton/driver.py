@@ -43,8 +43,9 @@ class Launch:
     def configuration(self) -> str:
         """What this launch was compiled for, in one line: element types, constants, warps."""
         types = sorted({t[1:] for t in self.types.values() if t.startswith("*")})
-        constants = [f"{k}={v}" for k, v in self.constants.items() if k.isupper()]
-        return " ".join(["/".join(types), *constants, f"warps={self.warps}"])
+        absent = [f"no {k}" for k, v in self.constants.items() if v is None]
+        constants = [f"{k}={v}" for k, v in self.constants.items() if k.isupper() and v is not None]
+        return " ".join(["/".join(types), *constants, *absent, f"warps={self.warps}"])
 
 
 class _Utilities:

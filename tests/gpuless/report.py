@@ -1,0 +1,161 @@
+"""The kernel report: what every kernel compiles to, for each configuration, architecture and compiler.
+
+    report.py collect FILE      with Triton importable: compiles every launch of triton/launches.py, writes its rows
+    report.py write FILE...     rows of Triton and CUDA to kernels.json beside this file and to docs/kernels.md
+    report.py check FILE...     the same rows against kernels.json: fails on a difference and on a broken limit
+
+A row names its kernel, configuration, target and compiler; the rest is what `cubin.Kernel.record` gives, threads a
+block, dynamic shared memory and theoretical occupancy. `make kernel-report` writes, CI checks.
+"""
+from __future__ import annotations
+
+import collections
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+HERE = pathlib.Path(__file__).resolve().parent
+BASELINE = HERE / "kernels.json"
+PAGE = HERE.parents[1] / "docs" / "kernels.md"
+KEY = ("stem", "kernel", "configuration", "target", "compiler")
+Row = dict[str, Any]
+
+# (kernel, configuration, target) as patterns, what is bounded, and from which value to which.
+LIMITS: list[tuple[str, str, str, str, int, int | None]] = [
+    (".*", ".*", ".*", "spill_bytes", 0, 0),
+    ("fill_rows", "fp32 .*BLOCKS=256.*", "sm_.*", "wide_store", 2, None),
+    ("forward_tiles|backward_tiles", ".*UNIT=[48].*", "sm_.*", "wide_load", 2, None),
+    ("forward_tiles|backward_tiles", ".*UNIT=[48].*", "sm_.*", "wide_store", 1, None),
+]
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in KEY)
+
+
+def broken(rows: Iterable[Row]) -> list[str]:
+    """The limits that rows break, in words."""
+    found = []
+    for row in rows:
+        for kernel, configuration, target, what, low, high in LIMITS:
+            patterns = ((kernel, row["kernel"]), (configuration, row["configuration"]), (target, row["target"]))
+            if all(re.fullmatch(pattern, text) for pattern, text in patterns):
+                value = row.get(what, 0)
+                if value < low or (high is not None and value > high):
+                    found.append(f"{' | '.join(_key(row))}: {what} is {value}, the limit is {low} to {high or 'any'}")
+    return found
+
+
+def differences(old: Iterable[Row], new: Iterable[Row]) -> list[str]:
+    """What changed from one report to another, a line a row; compilers that `new` did not run are passed over."""
+    before, after = ({_key(row): row for row in rows} for rows in (old, list(new)))
+    compilers = {row["compiler"] for row in after.values()}
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        if key[-1] not in compilers:
+            continue
+        name, a, b = " | ".join(key), before.get(key), after.get(key)
+        if a is None or b is None:
+            lines.append(f"{name}: {'new' if a is None else 'gone'}")
+        elif a != b:
+            fields = sorted(k for k in a.keys() | b.keys() if a.get(k, 0) != b.get(k, 0))
+            lines.append(f"{name}: " + ", ".join(f"{k} {a.get(k, 0)} -> {b.get(k, 0)}" for k in fields))
+    return lines
+
+
+def collect() -> list[Row]:
+    """Every launch of the catalogue on every target, compiled by the Triton that is imported."""
+    import triton
+
+    from gpuless.triton import driver, launches
+
+    rows: dict[tuple[str, ...], Row] = {}
+    for stem, launch_all in launches.STEMS.items():
+        for target in driver.TARGETS:
+            with driver.on(target) as done:
+                launch_all()
+            for launch in done:
+                row = {
+                    "stem": stem, "kernel": launch.kernel, "configuration": launch.configuration, "target": target,
+                    "compiler": f"triton {triton.__version__}",
+                }
+                if _key(row) not in rows:
+                    rows[_key(row)] = {**row, **driver.record(launch)}
+    return list(rows.values())
+
+
+def read(paths: Sequence[str]) -> list[Row]:
+    return [row for path in paths for row in json.loads(pathlib.Path(path).read_text())]
+
+
+def _dump(rows: Iterable[Row], path: pathlib.Path) -> None:
+    lines = ",\n".join(json.dumps(row) for row in sorted(rows, key=_key))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"[\n{lines}\n]\n")
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The report for readers: each kernel once, by its newest compiler."""
+    newest = {(row["stem"], row["kernel"]): max((r["compiler"] for r in rows if r["kernel"] == row["kernel"]),
+                                                key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
+              for row in rows}
+    lines = [
+        "# What the GPU kernels compile to",
+        "",
+        "Made by `make kernel-report` on a machine without a GPU, from the compiled kernels themselves; CI fails where",
+        "they change. None of this is a measurement: it says what a kernel asks for, not how fast it is. Registers and",
+        "occupancy (resident warps over the most there can be) are for the launch configuration; loads and stores are",
+        "instructions in the code, those of 16 bytes a thread and more in brackets. No kernel spills a register.",
+        f"All rows, {len({r['compiler'] for r in rows})} compilers, are in `tests/gpuless/kernels.json`.",
+    ]
+    groups: dict[tuple[str, str], list[Row]] = collections.defaultdict(list)
+    for row in sorted(rows, key=_key):
+        if row["compiler"] == newest[row["stem"], row["kernel"]]:
+            groups[row["stem"], row["kernel"]].append(row)
+    for (stem, kernel), members in groups.items():
+        lines += [
+            "", f"## {stem}: `{kernel}`, {members[0]['compiler']}", "",
+            "| configuration | target | threads | registers | shared | occupancy | instructions | matrix | loads "
+            "| stores | barriers | special |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in members:
+            get = lambda name, row=row: row.get(name, 0)
+            lines.append(
+                f"| {row['configuration']} | {row['target']} | {row['threads']} | {row['registers']} "
+                f"| {get('dynamic_shared') + get('shared')} | {row['occupancy']:.0%} | {row['instructions']} "
+                f"| {get('matrix')} | {get('load') + get('async_load')} ({get('wide_load')}) "
+                f"| {get('store')} ({get('wide_store')}) | {get('barrier')} | {get('special')} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str]) -> int:
+    command, *paths = arguments
+    if command == "collect":
+        _dump(collect(), pathlib.Path(paths[0]))
+        return 0
+    rows = read(paths)
+    if faults := broken(rows):
+        print("kernel report: limits broken\n" + "\n".join(faults))
+        return 1
+    if command == "write":
+        compilers = {row["compiler"] for row in rows}
+        before = json.loads(BASELINE.read_text()) if BASELINE.exists() else []
+        kept = [row for row in before if row["compiler"] not in compilers]
+        _dump([*kept, *rows], BASELINE)
+        PAGE.write_text(page([*kept, *rows]))
+        return 0
+    if changed := differences(json.loads(BASELINE.read_text()), rows):
+        print("kernel report: not as in tests/gpuless/kernels.json; `make kernel-report` accepts", *changed, sep="\n")
+        return 1
+    print(f"kernel report: {len(rows)} compiled kernels are as recorded")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parent))
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,48 @@
+"""The kernel report says what changed and which limit is broken."""
+from __future__ import annotations
+
+import json
+
+from gpuless import report
+
+ROW = {
+    "stem": "rng", "kernel": "fill_rows", "configuration": "fp32 BLOCKS=256 warps=4", "target": "sm_90",
+    "compiler": "triton 9.9", "threads": 128, "registers": 32, "spill_bytes": 0, "instructions": 400, "load": 2,
+    "store": 2, "wide_store": 2, "occupancy": 1.0,
+}
+
+
+def test_limits_are_enforced():
+    assert report.broken([ROW]) == []
+    spilling, narrow = {**ROW, "spill_bytes": 8}, {**ROW, "wide_store": 0}
+    assert "spill_bytes is 8, the limit is 0 to" in report.broken([spilling])[0]
+    assert "wide_store is 0, the limit is 2 to any" in report.broken([narrow])[0]
+
+
+def test_differences_are_named():
+    slower, other = {**ROW, "registers": 64, "barrier": 1}, {**ROW, "kernel": "another"}
+    assert report.differences([ROW], [ROW]) == []
+    assert report.differences([ROW], [slower]) == [
+        "rng | fill_rows | fp32 BLOCKS=256 warps=4 | sm_90 | triton 9.9: barrier 0 -> 1, registers 32 -> 64"
+    ]
+    assert [line.rpartition(": ")[2] for line in report.differences([ROW], [other])] == ["new", "gone"]
+    assert report.differences([ROW, {**ROW, "compiler": "nvcc"}], [ROW]) == []      # nvcc was not run
+
+
+def test_writing_keeps_the_other_compilers_and_checking_finds_a_change(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "BASELINE", tmp_path / "kernels.json")
+    monkeypatch.setattr(report, "PAGE", tmp_path / "kernels.md")
+    for name, rows in (("a", [ROW]), ("b", [{**ROW, "compiler": "nvcc"}]), ("c", [{**ROW, "registers": 40}])):
+        (tmp_path / name).write_text(json.dumps(rows))
+    files = {name: str(tmp_path / name) for name in "abc"}
+    assert report.main(["write", files["a"]]) == 0 and report.main(["write", files["b"]]) == 0
+    assert report.main(["check", files["a"], files["b"]]) == 0
+    assert report.main(["check", files["c"]]) == 1
+    assert "registers 32 -> 40" in capsys.readouterr().out
+    assert "| fp32 BLOCKS=256 warps=4 | sm_90 | 128 | 32 |" in report.PAGE.read_text()
+
+
+def test_the_page_is_made_from_the_rows():
+    rows = json.loads(report.BASELINE.read_text())
+    assert report.PAGE.read_text() == report.page(rows)
+    assert report.broken(rows) == []
