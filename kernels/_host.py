@@ -50,8 +50,7 @@ def rows_of(x: Tensor, length: int) -> tuple[Tensor, int]:
 
     So the compiled variant is a function of dtype and length alone, and a row's sums have one order.
     """
-    x, step = by_rows(x)
+    x, step = by_rows(x, length)
     if aligned(x, length) and (x.data_ptr() % VECTOR or step * x.element_size() % VECTOR):
-        x = x.clone(memory_format=torch.contiguous_format)
-        step = length if x.dim() else 0
+        return x.clone(memory_format=torch.contiguous_format), length
     return x, step
