@@ -118,38 +118,12 @@ void bind_reparam(py::module_& m) {
   });
 }
 
-// Returns the first row of the batch whose step is not a row of the table, or -1.
 void bind_denoise(py::module_& m) {
-  m.attr("DENOISE_COLUMNS") = static_cast<int>(COL_HISTORY);
-  m.attr("MAX_HISTORY") = MAX_HISTORY;
-  m.def(
-      "denoise_step", [](int64_t batch, int64_t length, int dtype, int model_dtype, RowsArgument sample,
-                         RowsArgument model, RowsArgument cond, RowsArgument noise, RowsArgument known,
-                         std::tuple<Pointer, bool, int64_t, int64_t> mask, std::tuple<Pointer, int64_t, int64_t> table,
-                         const KeyArgument& step, std::tuple<double, Pointer, int64_t> guidance,
-                         const KeyArgument& seed, bool keys_per_row, Pointer state, RowsArgument out, int num_threads) {
-        const Denoise p{
-            batch,
-            length,
-            static_cast<DType>(dtype),
-            static_cast<DType>(model_dtype),
-            rows_in(sample),
-            rows_in(model),
-            rows_in(cond),
-            rows_in(noise),
-            rows_in(known),
-            {at<const void>(std::get<0>(mask)), std::get<1>(mask), std::get<2>(mask), std::get<3>(mask)},
-            {at<const double>(std::get<0>(table)), std::get<1>(table), std::get<2>(table)},
-            key_part(step),
-            {static_cast<float>(std::get<0>(guidance)), at<const float>(std::get<1>(guidance)), std::get<2>(guidance)},
-            key_part(seed),
-            keys_per_row,
-            at<void>(state),
-            {at<void>(out.first), out.second},
-            num_threads};
-        py::gil_scoped_release nogil;
-        return kernels.denoise.step(p);
-      });
+  def_denoise_step<int>(m, [](Denoise p, int num_threads) {
+    p.num_threads = num_threads;
+    py::gil_scoped_release nogil;
+    return kernels.denoise.step(p);
+  });
 }
 
 void bind_attention(py::module_& m) {

@@ -76,6 +76,39 @@ inline Samples samples(const SamplesArgument& a) {
   return {at<const void>(std::get<0>(a)), std::get<1>(a), static_cast<DType>(std::get<2>(a))};
 }
 
+// run(call, target): the target is a number of threads, or a device and stream. Returns the first row of the batch
+// whose step is not a row of the table, or -1.
+template <class Target, class Run>
+void def_denoise_step(py::module_& m, Run run) {
+  m.def("denoise_step", [run](int64_t batch, int64_t length, int dtype, int model_dtype, RowsArgument sample,
+                              RowsArgument model, RowsArgument cond, RowsArgument noise, RowsArgument known,
+                              std::tuple<Pointer, bool, int64_t, int64_t> mask,
+                              std::tuple<Pointer, int64_t, int64_t> table, const KeyArgument& step,
+                              std::tuple<double, Pointer, int64_t> guidance, const KeyArgument& seed, bool keys_per_row,
+                              Pointer state, RowsArgument out, const Target& target) {
+    const Denoise p{
+        batch,
+        length,
+        static_cast<DType>(dtype),
+        static_cast<DType>(model_dtype),
+        rows_in(sample),
+        rows_in(model),
+        rows_in(cond),
+        rows_in(noise),
+        rows_in(known),
+        {at<const void>(std::get<0>(mask)), std::get<1>(mask), std::get<2>(mask), std::get<3>(mask)},
+        {at<const double>(std::get<0>(table)), std::get<1>(table), std::get<2>(table)},
+        key_part(step),
+        {static_cast<float>(std::get<0>(guidance)), at<const float>(std::get<1>(guidance)), std::get<2>(guidance)},
+        key_part(seed),
+        keys_per_row,
+        at<void>(state),
+        {at<void>(out.first), out.second},
+        0};
+    return run(p, target);
+  });
+}
+
 // Descriptions with many parts are objects; a module's own, so that the block emulator can be loaded beside onepass._C.
 inline void bind_attention_call(py::module_& m) {
   py::class_<Cache>(m, "Cache", py::module_local())
@@ -166,6 +199,8 @@ inline void bind_composite_call(py::module_& m) {
 
 inline void bind_calls(py::module_& m) {
   m.attr("KL_TILE") = KL_TILE;
+  m.attr("DENOISE_COLUMNS") = static_cast<int>(COL_HISTORY);
+  m.attr("MAX_HISTORY") = MAX_HISTORY;
   bind_attention_call(m);
   bind_composite_call(m);
 }

@@ -35,11 +35,16 @@ void bind_reparam(py::module_& m) {
   });
 }
 
+void bind_denoise(py::module_& m) {
+  def_denoise_step<Place>(m, [](const Denoise& p, const Place& place) { return cuda::denoise_step(p, on(place)); });
+}
+
 }  // namespace
 
 void bind_cuda(py::module_ m) {
   bind_rng(m);
   bind_reparam(m);
+  bind_denoise(m);
 }
 
 }  // namespace onepass::bindings

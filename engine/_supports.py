@@ -1,6 +1,7 @@
 """What each implementation takes: None, or the reason why it cannot take a call. Arguments are the core op's."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,12 +68,20 @@ def reparam_backward_cuda(grad_z: Tensor | None, grad_kl: Tensor | None, mean: T
 
 
 def denoise_cpu(sample: Tensor, model_output: Tensor, *args: Any) -> str | None:
+    return _denoise(native_cpu, sample, model_output, *args)
+
+
+def denoise_cuda(sample: Tensor, model_output: Tensor, *args: Any) -> str | None:
+    return _denoise(native_cuda, sample, model_output, *args)
+
+
+def _denoise(native: Callable[..., str | None], sample: Tensor, model_output: Tensor, *args: Any) -> str | None:
     tensors = [x for x in (sample, model_output, *args) if isinstance(x, Tensor)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return "a gradient is needed, and only the reference has one"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a torch.func transform is active, and only the reference can be transformed"
-    if why := native_cpu(*tensors) or cpu_dtype(sample.dtype) or cpu_dtype(model_output.dtype):
+    if why := native(*tensors) or cpu_dtype(sample.dtype) or cpu_dtype(model_output.dtype):
         return why
     if sample.dtype not in (torch.float32, model_output.dtype):
         return f"model_output is {model_output.dtype} with a {sample.dtype} sample"

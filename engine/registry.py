@@ -56,6 +56,7 @@ _CACHES = "float32, bfloat16, float16; caches with unit stride in the head dim"
 _CLOSED_FORM = "the closed form of the reference, in PyTorch"
 _HALF_AND_SINGLE = "float32, bfloat16, float16"
 _ANY_STRIDES = f"{_HALF_AND_SINGLE}; any strides"
+_STEPS = f"{_HALF_AND_SINGLE}; model_output as sample, or any of them with a float32 sample; any strides"
 _BUILT = "needs the CUDA build"
 
 _RAY_TYPES = f"{_HALF_AND_SINGLE}; views of rays"
@@ -204,10 +205,8 @@ _TABLE = [
         "bool stochastic, Tensor? mask, Tensor? known, *, str? backend=None) -> Tensor",
         "denoise_step",
         {
-            "cpu": Impl(
-                "onepass._native.denoise:denoise_step", supports.denoise_cpu,
-                f"{_HALF_AND_SINGLE}; model_output as sample, or any of them with a float32 sample; any strides",
-            ),
+            "cuda": Impl("onepass._native.denoise:denoise_step", supports.denoise_cuda, f"{_STEPS}; {_BUILT}"),
+            "cpu": Impl("onepass._native.denoise:denoise_step", supports.denoise_cpu, _STEPS),
             "reference": _reference("denoise:denoise_step"),
         },
     ),

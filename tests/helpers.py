@@ -30,6 +30,15 @@ ALL_BACKENDS = [*BACKENDS, TRITON]      # for tests that put their tensors where
 def device_of(backend: str | None) -> str:
     return "cuda" if backend == "cuda" or (backend == "triton" and not INTERPRETED) else "cpu"
 
+# ONEPASS_EMULATED=ascending, descending or shuffled: the tests of every op take CUDA's kernels too, in the block
+# emulator with its threads in that order (`pytest -k cuda`).
+if EMULATED := os.environ.get("ONEPASS_EMULATED"):
+    from gpuless.cuda import emulated
+
+    _device = emulated.device(EMULATED)
+    _device.__enter__()
+    BACKENDS.append("cuda")
+
 
 def assert_as_good_as_torch(got: Tensor, same_dtype: Tensor, truth: Tensor, name: str = "result") -> None:
     """|got - truth| <= 2 |same_dtype - truth| + one ulp of the largest |truth|, by the largest element.

@@ -37,13 +37,13 @@ __device__ __forceinline__ __half narrow<__half>(float x) {
 template <class T>
 inline constexpr int PACK = 16 / static_cast<int>(sizeof(T));
 
-__device__ __forceinline__ void unpack(const uint4& raw, float (&x)[4], const float*) {
+__device__ __forceinline__ void unpack(const uint4& raw, float* x, const float*) {
   x[0] = __uint_as_float(raw.x);
   x[1] = __uint_as_float(raw.y);
   x[2] = __uint_as_float(raw.z);
   x[3] = __uint_as_float(raw.w);
 }
-__device__ __forceinline__ void unpack(const uint4& raw, float (&x)[8], const __nv_bfloat16*) {
+__device__ __forceinline__ void unpack(const uint4& raw, float* x, const __nv_bfloat16*) {
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -51,7 +51,7 @@ __device__ __forceinline__ void unpack(const uint4& raw, float (&x)[8], const __
     x[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
   }
 }
-__device__ __forceinline__ void unpack(const uint4& raw, float (&x)[8], const __half*) {
+__device__ __forceinline__ void unpack(const uint4& raw, float* x, const __half*) {
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -76,36 +76,38 @@ __device__ __forceinline__ uint32_t pair(float a, float b, const __half*) {
   return word;
 }
 
-__device__ __forceinline__ uint4 packed(const float (&x)[4], const float*) {
+__device__ __forceinline__ uint4 packed(const float* x, const float*) {
   return make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3]));
 }
 template <class T>
-__device__ __forceinline__ uint4 packed(const float (&x)[8], const T* type) {
+__device__ __forceinline__ uint4 packed(const float* x, const T* type) {
   return make_uint4(pair(x[0], x[1], type), pair(x[2], x[3], type), pair(x[4], x[5], type), pair(x[6], x[7], type));
 }
 
 __device__ __forceinline__ bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// Elements i .. i + PACK - 1 of p; zeros for those outside [0, count).
-template <class T>
-__device__ __forceinline__ void load(const T* p, int64_t i, int64_t count, float (&x)[PACK<T>]) {
-  if (i >= 0 && i + PACK<T> <= count && aligned16(p + i)) {
-    unpack(*reinterpret_cast<const uint4*>(p + i), x, p);
+// Elements i .. i + N - 1 of p, N a multiple of PACK; zeros for those outside [0, count).
+template <int N, class T>
+__device__ __forceinline__ void load(const T* p, int64_t i, int64_t count, float (&x)[N]) {
+  if (i >= 0 && i + N <= count && aligned16(p + i)) {
+#pragma unroll
+    for (int j = 0; j < N; j += PACK<T>) unpack(*reinterpret_cast<const uint4*>(p + i + j), x + j, p);
     return;
   }
 #pragma unroll
-  for (int j = 0; j < PACK<T>; ++j) x[j] = i + j >= 0 && i + j < count ? widen(p[i + j]) : 0.0f;
+  for (int j = 0; j < N; ++j) x[j] = i + j >= 0 && i + j < count ? widen(p[i + j]) : 0.0f;
 }
 
 // The same elements, those inside alone.
-template <class T>
-__device__ __forceinline__ void store(T* p, int64_t i, int64_t count, const float (&x)[PACK<T>]) {
-  if (i >= 0 && i + PACK<T> <= count && aligned16(p + i)) {
-    *reinterpret_cast<uint4*>(p + i) = packed(x, p);
+template <int N, class T>
+__device__ __forceinline__ void store(T* p, int64_t i, int64_t count, const float (&x)[N]) {
+  if (i >= 0 && i + N <= count && aligned16(p + i)) {
+#pragma unroll
+    for (int j = 0; j < N; j += PACK<T>) *reinterpret_cast<uint4*>(p + i + j) = packed(x + j, p);
     return;
   }
 #pragma unroll
-  for (int j = 0; j < PACK<T>; ++j)
+  for (int j = 0; j < N; ++j)
     if (i + j >= 0 && i + j < count) p[i + j] = narrow<T>(x[j]);
 }
 
@@ -152,6 +154,15 @@ __device__ __forceinline__ int64_t group_index() {
 __device__ __forceinline__ Tile tile_at(int64_t index, int64_t length, int64_t tile) {
   const int64_t tiles = (length + tile - 1) / tile, row = index / tiles, begin = (index - row * tiles) * tile;
   return {row, begin, begin + tile < length ? begin + tile : length};
+}
+
+// Waits for the threads of a group.
+template <int THREADS>
+__device__ __forceinline__ void sync_group() {
+  if constexpr (THREADS == WARP)
+    __syncwarp();
+  else
+    __syncthreads();
 }
 
 template <class T>

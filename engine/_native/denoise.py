@@ -1,10 +1,10 @@
-"""The denoising step on the CPU."""
+"""The denoising step on the CPU and on CUDA devices."""
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import _C, DTYPES, by_rows, empty_like, key_part, row_length
+from . import _C, DTYPES, by_rows, empty_like, kernels, key_part, row_length
 
 _NONE = (0, 0)
 
@@ -31,12 +31,13 @@ def denoise_step(
     weights, described_mask = _mask(mask, sample)
     held.append(weights)
     scales = None if guidances is None else guidances.float()
-    bad = _C.denoise_step(
+    native, place = kernels(sample)
+    bad = native.denoise_step(
         batch, length, DTYPES[sample.dtype], DTYPES[model_output.dtype],
         rows(sample), rows(model_output), rows(cond), rows(noise), rows(known), described_mask,
         (table.data_ptr(), table.shape[0], table.shape[1] - _C.DENOISE_COLUMNS), key_part(step, steps),
         (guidance, *key_part(0, scales)[1:]), key_part(seed, seeds), seeds is not None and seeds.dim() == 1,
-        0 if state is None else state.data_ptr(), rows(result), torch.get_num_threads(),
+        0 if state is None else state.data_ptr(), rows(result), place,
     )
     if bad >= 0:
         value = step if steps is None else int(steps.reshape(-1)[bad if steps.dim() else 0])

@@ -29,7 +29,7 @@ struct Guidance {
   float value;
   const float* values;
   int64_t step;
-  float at(int64_t row) const { return values ? values[row * step] : value; }
+  ONEPASS_EVERYWHERE float at(int64_t row) const { return values ? values[row * step] : value; }
 };
 
 struct Denoise {
@@ -53,5 +53,11 @@ struct DenoiseKernels {
 };
 
 ONEPASS_KERNELS(DenoiseKernels, denoise)
+
+namespace cuda {
+// Steps on the device are not read here: a row whose step is not in the table is not written. The result is -1, or 0
+// where the step is a number that is not in the table.
+int64_t denoise_step(const Denoise&, const Stream&);
+}  // namespace cuda
 
 }  // namespace onepass

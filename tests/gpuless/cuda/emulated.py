@@ -7,6 +7,7 @@ thread      ThreadSanitizer, every pair of accesses that no barrier orders; like
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import importlib
 import importlib.util
@@ -51,50 +52,57 @@ def ninja() -> str | None:
 
 def build(module: str, variant: str = VARIANT) -> pathlib.Path:
     """The module's file. Multiply-adds are fused only where a kernel says so."""
-    import pybind11
-
-    folder = ROOT / "build" / "emulator" / variant
+    folder = ROOT / "build" / "emulator"
     folder.mkdir(parents=True, exist_ok=True)
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    includes = [HERE / "emulator", ROOT / "csrc" / "cuda", ROOT / "csrc" / "include", ROOT / "csrc",
-                pybind11.get_include(), sysconfig.get_path("include")]
-    flags = [
-        "-std=c++17", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra",
-        "-Wno-unknown-pragmas", "-fsanitize=alignment,bounds", *SANITIZERS[variant], *(f"-I{x}" for x in includes),
-    ]
-    if "fma" in _cpu_flags():
-        flags.append("-mfma")
-    # The emulator's own accesses are none of the kernel's; only its calls to ThreadSanitizer count.
-    own = [*flags, "-fno-sanitize=alignment,bounds"]
-    if variant == "thread":
-        own += ["-fno-sanitize=thread", "-D__SANITIZE_THREAD__=1"]
-    lines = [
-        "rule compile", f"  command = nice {compiler()} -MMD -MF $out.d $flags -x c++ -c $in -o $out",
-        "  depfile = $out.d", "  deps = gcc",
-        "rule link",
-        f"  command = {compiler()} -shared -o $out $in {' '.join(SANITIZERS[variant])} -ldl '-Wl,-rpath,$$ORIGIN'",
-    ]
-    shared = []
-    for source in EMULATOR:
-        shared.append(f"{source.stem}.o")
-        lines += [f"build {shared[-1]}: compile {source}", f"  flags = {' '.join(own)}"]
-    for name, (bindings, sources) in MODULES.items():
-        parts: list[list[str]] = []
-        for group, options in ((bindings, own), (sources, flags)):
-            parts.append([f"{name}.{source.name}.o" for source in group])
-            for source, target in zip(group, parts[-1], strict=True):
-                lines += [f"build {target}: compile {source}", f"  flags = {' '.join(options)}"]
-        lines.append(f"build lib{name}.so: link {' '.join(parts[1] + shared)}")
-        lines.append(f"build {name}{suffix}: link {' '.join(parts[0])} lib{name}.so")
-    plan = folder / "build.ninja"
-    text = "\n".join(lines) + "\n"
-    if not plan.exists() or plan.read_text() != text:
-        plan.write_text(text)
-    done = subprocess.run([str(ninja()), "-C", str(folder), "-j2", f"{module}{suffix}"], capture_output=True, text=True,
-                          check=False)
+    target = f"{variant}/{module}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        plan, text = folder / "build.ninja", _plan()
+        if not plan.exists() or plan.read_text() != text:
+            plan.write_text(text)
+        command = [str(ninja()), "-C", str(folder), "-j2", target]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{module} does not compile for the emulator:\n{done.stdout}{done.stderr}")
-    return folder / f"{module}{suffix}"
+    return folder / target
+
+
+def _plan() -> str:
+    """What ninja builds: bindings once, everything else once a variant."""
+    import pybind11
+
+    includes = [HERE / "emulator", ROOT / "csrc" / "cuda", ROOT / "csrc" / "include", ROOT / "csrc",
+                pybind11.get_include(), sysconfig.get_path("include")]
+    common = ["-std=c++17", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra",
+              "-Wno-unknown-pragmas", *(f"-I{x}" for x in includes), *(["-mfma"] if "fma" in _cpu_flags() else [])]
+    lines = [
+        "rule compile",
+        f"  command = nice {compiler()} -MMD -MF $out.d {' '.join(common)} $flags -x c++ -c $in -o $out",
+        "  depfile = $out.d", "  deps = gcc",
+        "rule link", f"  command = {compiler()} -shared -o $out $in $flags -ldl '-Wl,-rpath,$$ORIGIN'",
+    ]
+
+    def compiled(source: pathlib.Path, target: str, flags: list[str]) -> str:
+        lines.extend([f"build {target}: compile {source}", f"  flags = {' '.join(flags)}"])
+        return target
+
+    def linked(objects: list[str], target: str, flags: list[str]) -> str:
+        lines.extend([f"build {target}: link {' '.join(objects)}", f"  flags = {' '.join(flags)}"])
+        return target
+
+    bound = {module: [compiled(source, f"bindings/{module}.{source.name}.o", []) for source in bindings]
+             for module, (bindings, _) in MODULES.items()}
+    for variant, flags in SANITIZERS.items():
+        # The emulator's own accesses are none of a kernel's; only its calls to ThreadSanitizer count.
+        own = ["-D__SANITIZE_THREAD__=1"] if variant == "thread" else flags
+        machine = [compiled(source, f"{variant}/{source.stem}.o", own) for source in EMULATOR]
+        for module, (_, sources) in MODULES.items():
+            checked = [*flags, "-fsanitize=alignment,bounds"]
+            objects = [compiled(source, f"{variant}/{module}.{source.name}.o", checked) for source in sources]
+            library = linked([*objects, *machine], f"{variant}/lib{module}.so",
+                             [*flags, f"-Wl,-soname,lib{module}.so"])
+            linked([*bound[module], library], f"{variant}/{module}{sysconfig.get_config_var('EXT_SUFFIX')}", flags)
+    return "\n".join(lines) + "\n"
 
 
 def _cpu_flags() -> str:
@@ -148,6 +156,7 @@ def sanitized(variant: str, arguments: list[str]) -> subprocess.CompletedProcess
         "ONEPASS_EMULATOR": variant,
         "LD_PRELOAD": " ".join(preload),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "OMP_NUM_THREADS": "1",         # ThreadSanitizer cannot see how libgomp orders its threads
         "TSAN_OPTIONS": "report_signal_unsafe=0:exitcode=66:halt_on_error=1",
     }
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)

@@ -3,13 +3,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_reparam import inputs, plain, plain_kl
 
 import onepass
 from onepass.reference.rng import DISTRIBUTIONS
 
 import cases
 from helpers import assert_as_good_as_torch
+from test_reparam import inputs, plain, plain_kl
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS)
