@@ -74,6 +74,49 @@ def test_zero_and_huge_densities(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_median_is_the_middle_of_the_first_sample_behind_which_half_is_left(backend):
+    """Exactly one half counts; where more is left the last sample is the one, truncated ones aside."""
+    alphas = torch.tensor([[0.5] * 4, [0.25] * 4, [0.25, 0.25, 0.0, 0.0], [0.4, 0.3, 0.0, 0.0]])
+    t = torch.arange(4.0).expand(4, 4)
+    median = lambda **more: onepass.composite(
+        None, t[..., None], t, t + 1, alphas=alphas, depth="median", backend=backend, **more
+    ).depth.tolist()
+    assert median() == [0.5, 2.5, 3.5, 1.5]
+    assert median(early_stop_eps=0.6) == [0.5, 1.5, 1.5, 1.5]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_normalized_depth_of_rays_that_see_next_to_nothing(backend):
+    """Divided by 2^-23 where the opacity is below it: no NaN forward or backward, and the values of float64."""
+    faint = torch.tensor([0.0, 1e-20, 1e-9, 2.0**-26, 1e-2, 0.1, 1.0])
+    found = []
+    for dtype, name in ((torch.float32, backend), (torch.float64, "reference")):
+        sigmas = faint.to(dtype)[:, None].expand(7, 3).clone().requires_grad_()
+        t = torch.arange(3, dtype=dtype).expand(7, 3)
+        out = onepass.composite(sigmas, t[..., None], t, t + 1, depth="normalized", backend=name)
+        found.append((out.depth, *torch.autograd.grad((out.depth + out.opacity).sum(), sigmas)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("alphas", [False, True])
+def test_nan_in_a_sample_that_counts_shows_and_ends_its_ray(backend, alphas):
+    """A NaN in front leaves no comparison true, so nothing behind it counts; other rays keep their bits."""
+    clean = scene(4, 40, 2, torch.float32, alphas=alphas)
+    clean[0] = clean[0] / 9
+    poisoned = [clean[0].clone(), *clean[1:]]
+    poisoned[0][1, 21] = NAN
+    run = lambda rays: render(*rays, alphas=alphas, return_weights=True, distortion=True, backend=backend)
+    a, b = run(clean), run(poisoned)
+    others = torch.tensor([0, 2, 3])
+    assert all(torch.equal(x[others], y[others]) for x, y in zip(a, b, strict=True))
+    assert torch.equal(a.weights[1, :21], b.weights[1, :21])
+    assert b.weights[1, 21].isnan() and not b.weights[1, 22:].any()
+    assert all(x[1].isnan().all() for x in (b.features, b.depth, b.opacity, b.distortion))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_nothing_to_composite(shape, depth, backend):

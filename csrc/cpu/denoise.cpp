@@ -105,13 +105,6 @@ void unpack_mask(const Mask& mask, const Task& t, float* weights) {
   }
 }
 
-template <class Step>
-OP_INLINE void sweep(int64_t count, Step&& step) {
-  int64_t i = 0;
-  for (; i + W <= count; i += W) step(i, W);
-  if (i < count) step(i, static_cast<int>(count - i));
-}
-
 // X x + M m: DDIM, Euler and flow matching without a clamp, and most rows of the others.
 template <bool GUIDED, class T, class M>
 void plain_task(const Denoise& p, const Task& t, const Coefficients& c, const Model<M>& model, T* out) {

@@ -1,9 +1,10 @@
-// parallel_for over a lambda, and dispatch on the element type. Included by csrc/cpu/*.cpp alone.
+// parallel_for over a lambda, loops over vectors, and dispatch on the element type. Included by csrc/cpu/*.cpp alone.
 #pragma once
 #include <type_traits>
 
 #include "onepass/dtype.h"
 #include "onepass/parallel.h"
+#include "vec.h"
 
 namespace onepass::ONEPASS_ISA {
 
@@ -14,6 +15,14 @@ static void parallel_for(int64_t n, int64_t grain, int num_threads, Body&& body)
   run_ranges(
       n, grain, num_threads, [](void* f, int64_t begin, int64_t end) { (*static_cast<Callable*>(f))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// step(i, n) on elements i to i + n, a vector at a time.
+template <class Step>
+OP_INLINE void sweep(int64_t count, Step&& step) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) step(i, W);
+  if (i < count) step(i, static_cast<int>(count - i));
 }
 
 // f(T{}) with T the C++ type of dtype.

@@ -72,14 +72,6 @@ void for_each_tile(const Reparam& p, bool draws, bool dense, Body&& body) {
 // Whether a tensor's rows lie one behind the other, as those that are written do.
 bool dense_rows(const Reparam& p, const RowsIn& rows) { return !rows.data || rows.step == p.length; }
 
-// step(i, n) on n elements from i on, vector by vector.
-template <class Step>
-void for_each_vector(int64_t count, Step&& step) {
-  int64_t i = 0;
-  for (; i + W <= count; i += W) step(i, W);
-  if (i < count) step(i, static_cast<int>(count - i));
-}
-
 template <class T>
 const T* row_of(const RowsIn& rows, const Tile& tile) {
   return static_cast<const T*>(rows.data) + tile.row * rows.step + tile.begin;
@@ -101,10 +93,10 @@ void forward_as(const Reparam& p, T* z, float* kl, double* partial) {
       return fma(std, std, fma(m, m, -1.0f - lv));
     };
     const int64_t count = tile.end - tile.begin;
-    if (!kl) return for_each_vector(count, [&](int64_t i, int n) { step(i, n); });
+    if (!kl) return sweep(count, [&](int64_t i, int n) { step(i, n); });
     if (tile.rows == 1) {
       F32 total{};
-      for_each_vector(count, [&](int64_t i, int n) { total += step(i, n); });
+      sweep(count, [&](int64_t i, int n) { total += step(i, n); });
       const float half = 0.5f * sum(total);
       if (partial)
         partial[task] = half;
@@ -113,10 +105,10 @@ void forward_as(const Reparam& p, T* z, float* kl, double* partial) {
       return;
     }
     float terms[TILE];
-    for_each_vector(count, [&](int64_t i, int n) { store_n(terms + i, step(i, n), n); });
+    sweep(count, [&](int64_t i, int n) { store_n(terms + i, step(i, n), n); });
     for (int64_t row = 0; row < tile.rows; ++row) {
       F32 total{};
-      for_each_vector(p.length, [&](int64_t i, int n) { total += load_n(terms + row * p.length + i, n); });
+      sweep(p.length, [&](int64_t i, int n) { total += load_n(terms + row * p.length + i, n); });
       kl[tile.row + row] = 0.5f * sum(total);
     }
   });
@@ -146,10 +138,9 @@ void backward_as(const Reparam& p, const RowsIn& grad_z, const float* grad_kl, T
     float spread[TILE];  // grad_kl beside every element, where there are several rows
     if (grad_kl && tile.rows > 1)
       for (int64_t row = 0; row < tile.rows; ++row)
-        for_each_vector(p.length, [&](int64_t i, int n) {
-          store_n(spread + row * p.length + i, splat(grad_kl[tile.row + row]), n);
-        });
-    for_each_vector(tile.end - tile.begin, [&](int64_t i, int n) {
+        sweep(p.length,
+              [&](int64_t i, int n) { store_n(spread + row * p.length + i, splat(grad_kl[tile.row + row]), n); });
+    sweep(tile.end - tile.begin, [&](int64_t i, int n) {
       const F32 lv = load_n(logvar + i, n), std = exp(0.5f * lv);
       F32 dm{}, dlv{};
       if (dz) {

@@ -133,9 +133,7 @@ float far_to_near(const Ray& ray, const Scratch& s, int64_t live, const Behind& 
     if (b.weights.data) gain += b.weights.load(i, n);
     if (b.spread != 0.0f) {
       const F32 from = rest + scan_sum_down(w), at_back = shift_down(from, rest);
-      // Lanes beyond the ray hold no weight, so the gap to them does not count.
-      const F32 step = at_back * (shift_down(mid, edge) - mid);
-      worth = worth + scan_sum_down(n < W ? (lanes() < n - 1 ? step : F32{}) : step);
+      worth = worth + scan_sum_down(at_back * (shift_down(mid, edge) - mid));  // lanes beyond the ray hold no weight
       gain = fma(splat(b.spread), fma(w * delta, splat(2.0f / 3.0f), 2.0f * (load(s.reach + i) + worth)), gain);
       d_mid = fma(splat(2.0f * b.spread) * w, load(s.in_front + i) - at_back, d_mid);
       d_delta = splat(b.spread) * w * w * (1.0f / 3.0f);

@@ -144,7 +144,6 @@ float spread(const Ray& ray, const Scratch& s, int64_t live) {
   for (int64_t i = 0; i < live; i += W) {
     const int n = lanes_left(i, live);
     const F32 w = load(s.weights + i), mid = ray.mids(i, n), delta = ray.deltas(i, n);
-    if (i == 0) edge = first_lane(mid);
     const F32 through = scan_sum(w), before = front + shift_up(through, F32{});
     const F32 e = reach + scan_sum(before * (mid - shift_up(mid, edge)));
     store(s.in_front + i, before);
