@@ -46,11 +46,28 @@ OP_INLINE F32 last_lane(F32 x) { return permute(x, splat_i32(W - 1)); }
 OP_INLINE F32 shift_up(F32 x, F32 edge, int by = 1) { return lanes() >= by ? permute(x, lanes() - by) : edge; }
 OP_INLINE F32 shift_down(F32 x, F32 edge, int by = 1) { return lanes() < W - by ? permute(x, lanes() + by) : edge; }
 
+// A product as head + tail: the tail holds what rounding the head lost, so a long one is as good as a short one.
+struct Product {
+  F32 head, tail;
+
+  F32 value() const { return head + tail; }
+};
+OP_INLINE Product multiply(F32 a, F32 b) {
+  const F32 head = a * b;
+  return {head, fma(a, b, -head)};
+}
+OP_INLINE Product multiply(Product a, Product b) {
+  const Product heads = multiply(a.head, b.head);
+  return {heads.head, fma(a.head, b.tail, fma(a.tail, b.head, heads.tail))};
+}
+
 // Inclusive scans. The tree is fixed by the lane, so a ray's result depends on where the ray starts alone.
-OP_INLINE F32 scan_product(F32 x) {
+OP_INLINE Product scan_product(F32 x) {
+  Product p = multiply(x, shift_up(x, splat(1.0f)));
 #pragma GCC unroll 4
-  for (int by = 1; by < W; by *= 2) x = x * shift_up(x, splat(1.0f), by);
-  return x;
+  for (int by = 2; by < W; by *= 2)
+    p = multiply(p, Product{shift_up(p.head, splat(1.0f), by), shift_up(p.tail, F32{}, by)});
+  return p;
 }
 OP_INLINE F32 scan_sum(F32 x) {
 #pragma GCC unroll 4

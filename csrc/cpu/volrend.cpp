@@ -49,7 +49,7 @@ void write_colors(const Composite& p, const Ray& ray, const Scratch& s, const Ma
 }
 
 void forward(const Composite& p, const CompositeOut& out) {
-  const DType density = p.sigmas.data ? p.sigmas.dtype : p.alphas.dtype, time = p.t_starts.dtype;
+  const DType density = p.sigmas.dtype, time = p.t_starts.dtype;  // of no samples there is no pointer to ask
   with_dtype(p.features.dtype, [&](auto t) {
     for_each_ray(p, [&](const Ray& ray, const Scratch& s) {
       const March m = march(p, ray, s);

@@ -98,11 +98,12 @@ struct March {
 
 // Fills weights, trans and alphas up to the first sample in front of which less than early_stop_eps is left.
 March march(const Composite& p, const Ray& ray, const Scratch& s) {
-  F32 carry = splat(p.prefix_trans ? p.prefix_trans[ray.index] : 1.0f), opacity{}, depth{};
+  Product carry{splat(p.prefix_trans ? p.prefix_trans[ray.index] : 1.0f), F32{}};
+  F32 opacity{}, depth{};
   const F32 eps = splat(p.early_stop_eps);
   const bool given = p.alphas.data != nullptr;
   int64_t live = ray.count;
-  s.trans[0] = carry[0];
+  s.trans[0] = carry.head[0];
   for (int64_t i = 0; i < ray.count; i += W) {
     const int n = lanes_left(i, ray.count);
     const F32 start = ray.t_starts.load(i, n), end = ray.t_ends.load(i, n);
@@ -115,7 +116,8 @@ March march(const Composite& p, const Ray& ray, const Scratch& s) {
       alpha = -expm1(tau);
       keep = exp(tau);
     }
-    const F32 after = carry * scan_product(keep), before = shift_up(after, carry);
+    const Product through = multiply(carry, scan_product(keep));
+    const F32 after = through.value(), before = shift_up(after, carry.value());
     F32 mid = 0.5f * (start + end);
     const uint32_t dead = ~lane_bits(before >= eps) & ((1u << n) - 1u);
     const int stop = dead ? __builtin_ctz(dead) : W;
@@ -124,7 +126,7 @@ March march(const Composite& p, const Ray& ray, const Scratch& s) {
       live = i + stop;
       alpha = lit ? alpha : F32{};
       mid = lit ? mid : F32{};
-      carry = splat(before[stop]);
+      carry = {splat(before[stop]), F32{}};
     }
     const F32 weight = dead ? (lit ? before * alpha : F32{}) : before * alpha;
     opacity += weight;
@@ -133,9 +135,9 @@ March march(const Composite& p, const Ray& ray, const Scratch& s) {
     store(s.alphas + i, alpha);
     store(s.trans + i + 1, after);
     if (dead) break;
-    carry = last_lane(after);
+    carry = {last_lane(after), last_lane(through.tail - (after - through.head))};
   }
-  return {live, carry[0], sum(opacity), sum(depth)};
+  return {live, carry.value()[0], sum(opacity), sum(depth)};
 }
 
 // E_i = sum_{j<i} w_j (m_i - m_j) and the weight in front of every sample, for the distortion, which is returned.

@@ -8,7 +8,6 @@ from torch import Tensor
 from ..reference.volrend import DEPTHS, offsets_error
 from . import _C, DTYPES, pointer
 
-_ABSENT = (0, 0, 0)
 _TASK = 4096  # samples that are worth a thread of their own
 
 _Samples = tuple[int, int, int]
@@ -54,9 +53,9 @@ class _Call:
         return self.density.new_empty(count, dtype=torch.float32)
 
     def samples(self, x: Tensor | None) -> _Samples:
-        """A tensor of samples, copied unless it has unit stride inside a ray."""
+        """A tensor of samples, copied unless it has unit stride inside a ray; one that is not there is null."""
         if x is None:
-            return _ABSENT
+            return 0, 0, DTYPES[self.density.dtype]
         if not (x.is_contiguous() or (not self.packed and x.shape[0] and x[0].is_contiguous())):
             x = x.contiguous()
         self.keep(x)

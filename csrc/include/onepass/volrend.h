@@ -20,7 +20,7 @@ enum class Depth : int { expected = 0, normalized = 1, median = 2 };
 struct Composite {
   int64_t n_rays, n_samples, n_channels;  // n_samples: of each ray, or of the longest where packed
   const int64_t* ray_offsets;             // [n_rays + 1], checked; null: dense
-  Samples sigmas, alphas;                 // one of them
+  Samples sigmas, alphas;                 // one of them; the other is null, of the same dtype
   Samples features, t_starts, t_ends;
   const float* background;  // row r at background + r * background_step; null: none
   int64_t background_step;
