@@ -118,7 +118,7 @@ sanitize: build
 	$(BIN)/cmake --build $(SANITIZED)
 	PYTHONPATH=$(abspath $(SANITIZED))/package ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		LD_PRELOAD="$$(for name in libasan libubsan libstdc++; do $${CXX:-c++} -print-file-name=$$name.so; done | xargs)" \
-		$(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow and not gpu" $(SANITIZED_TESTS)
+		$(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider -m "not slow and not gpu" $(SANITIZED_TESTS)
 
 clean:
 	rm -rf build $(VENV) *.egg-info engine/_C.*.so
