@@ -68,14 +68,15 @@ def reparam_backward_cuda(grad_z: Tensor | None, grad_kl: Tensor | None, mean: T
 
 
 def denoise_cpu(sample: Tensor, model_output: Tensor, *args: Any) -> str | None:
-    return _denoise(native_cpu, sample, model_output, *args)
+    return denoise(native_cpu, sample, model_output, *args)
 
 
 def denoise_cuda(sample: Tensor, model_output: Tensor, *args: Any) -> str | None:
-    return _denoise(native_cuda, sample, model_output, *args)
+    return denoise(native_cuda, sample, model_output, *args)
 
 
-def _denoise(native: Callable[..., str | None], sample: Tensor, model_output: Tensor, *args: Any) -> str | None:
+def denoise(native: Callable[..., str | None], sample: Tensor, model_output: Tensor, *args: Any) -> str | None:
+    """Of the kernel whose tensors `native` asks for: no gradient, and dtypes that go together."""
     tensors = [x for x in (sample, model_output, *args) if isinstance(x, Tensor)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return "a gradient is needed, and only the reference has one"
@@ -86,6 +87,10 @@ def _denoise(native: Callable[..., str | None], sample: Tensor, model_output: Te
     if sample.dtype not in (torch.float32, model_output.dtype):
         return f"model_output is {model_output.dtype} with a {sample.dtype} sample"
     return None
+
+
+def denoise_cpu(*args: Any) -> str | None:
+    return denoise(native_cpu, *args)
 
 
 def composite_cpu(*args: Any) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _supports
 from ._supports import SCALARS, cpu_dtype
 
 
@@ -69,3 +70,8 @@ def reparam(mean: Tensor, logvar: Tensor, noise: Tensor | None, *args: Any) -> s
 
 def reparam_backward(grad_z: Tensor | None, grad_kl: Tensor | None, *args: Any) -> str | None:
     return on_gpu(grad_z, grad_kl) or reparam(*args)
+
+
+def denoise(*args: Any) -> str | None:
+    sample, noise, stochastic = args[0], args[11], args[12]
+    return _supports.denoise(on_gpu, *args) or (random(sample.device) if stochastic and noise is None else None)

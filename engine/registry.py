@@ -206,6 +206,7 @@ _TABLE = [
         "denoise_step",
         {
             "cuda": Impl("onepass._native.denoise:denoise_step", supports.denoise_cuda, f"{_STEPS}; {_BUILT}"),
+            "triton": Impl("onepass.kernels.denoise:denoise_step", triton.denoise, _STEPS),
             "cpu": Impl("onepass._native.denoise:denoise_step", supports.denoise_cpu, _STEPS),
             "reference": _reference("denoise:denoise_step"),
         },

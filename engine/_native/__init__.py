@@ -59,6 +59,18 @@ def by_rows(x: Tensor, length: int) -> tuple[Tensor, int]:
     return x.contiguous(), length
 
 
+def mask_rows(mask: Tensor, sample: Tensor) -> tuple[Tensor, int, int]:
+    """A mask that broadcasts to `sample`, as bools or floats [B or 1, period], the elements from row to row (0 where
+    rows share one), and the period in which it repeats along a row; a leading broadcast costs no copy."""
+    full = mask.reshape((1,) * (sample.dim() - mask.dim()) + tuple(mask.shape))
+    if full.dtype != torch.bool:
+        full = full.float()
+    inner = next((d for d in range(1, full.dim()) if full.shape[d] != 1), full.dim())       # leading ones repeat
+    full = full.expand(full.shape[0], *full.shape[1:inner], *sample.shape[inner:]).contiguous()
+    period = full.numel() // full.shape[0] if full.shape[0] else 0
+    return full, period if full.shape[0] > 1 else 0, max(period, 1)
+
+
 def on_device(x: Tensor) -> bool:
     """Whether x is where the CUDA kernels read."""
     return x.is_cpu if emulated else x.is_cuda
@@ -87,6 +99,7 @@ __all__ = [
     "error",
     "kernels",
     "key_part",
+    "mask_rows",
     "on_device",
     "pointer",
     "random_keys",

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _C, DTYPES, by_rows, empty_like, kernels, key_part, row_length
+from . import _C, DTYPES, by_rows, empty_like, kernels, key_part, mask_rows, row_length
 
 _NONE = (0, 0)
 
@@ -48,13 +48,8 @@ def denoise_step(
 
 
 def _mask(mask: Tensor | None, sample: Tensor) -> tuple[Tensor | None, tuple[int, bool, int, int]]:
-    """The mask as bytes or floats, [B or 1, period], and its description; a leading broadcast costs no copy."""
+    """The mask as bytes or floats, and its description."""
     if mask is None:
         return None, (0, False, 0, 0)
-    full = mask.reshape((1,) * (sample.dim() - mask.dim()) + tuple(mask.shape))
-    if full.dtype != torch.bool:
-        full = full.float()
-    inner = next((d for d in range(1, full.dim()) if full.shape[d] != 1), full.dim())       # leading ones repeat
-    full = full.expand(full.shape[0], *full.shape[1:inner], *sample.shape[inner:]).contiguous()
-    period = full.numel() // full.shape[0] if full.shape[0] else 0
-    return full, (full.data_ptr(), full.dtype != torch.bool, period if full.shape[0] > 1 else 0, max(period, 1))
+    full, step, period = mask_rows(mask, sample)
+    return full, (full.data_ptr(), full.dtype != torch.bool, step, period)

@@ -47,4 +47,23 @@ def reparam() -> None:
     kernels.forward(x, x, None, *KEY, True)
 
 
-STEMS: dict[str, Callable[[], None]] = {"rng": rng, "reparam": reparam}
+def denoise() -> None:
+    from onepass.kernels import denoise as kernels
+
+    steps, guidances = empty(8, dtype=torch.int64), empty(8)
+    for dtype in DTYPES:
+        x = empty(8, 4, 64, 64, dtype=dtype)
+        state = empty(8, 2, 4, 64, 64, dtype=dtype)
+        step = lambda cond, table, state, noise, stochastic, mask, x=x: kernels.denoise_step(
+            x, x, cond, table, 0, steps, state, 1.0, guidances, 0, steps, noise, stochastic, mask,
+            None if mask is None else x,
+        )
+        step(None, empty(50, 9, dtype=torch.float64), None, None, False, None)
+        step(x, empty(50, 11, dtype=torch.float64), state, None, True, empty(64, 64, dtype=torch.bool))
+    half = x
+    x = x.float()
+    kernels.denoise_step(x, half, half, empty(50, 9, dtype=torch.float64), 3, None, None, 7.5, None, 0, None, x, True,
+                         None, None)
+
+
+STEMS: dict[str, Callable[[], None]] = {"rng": rng, "reparam": reparam, "denoise": denoise}

@@ -2,8 +2,8 @@
 
 It keeps bfloat16 as 16-bit patterns and computes on them as on integers: a sum of two bfloat16 is the sum of their
 patterns. Here casts and arithmetic on bfloat16 go through float32 and round to nearest even, as on a GPU and bit-equal
-to torch. Two smaller defects: before Triton 3.9 `tl.fma` rounds twice, and before 3.7 a loop over `range(tensor)` fails
-with numpy 2.4 and later.
+to torch. Smaller defects: a scalar comparison keeps the type of its operands, and broadcast it is no mask; before
+Triton 3.9 `tl.fma` rounds twice; before 3.7 a loop over `range(tensor)` fails with numpy 2.4 and later.
 """
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def install() -> None:
 
     def binary(self: Any, left: Any, right: Any, op: Any) -> Any:
         if not (_is_bf16(left) and _is_bf16(right)) or op in _BITWISE:
-            return plain_binary(self, left, right, op)
+            plain = plain_binary(self, left, right, op)
+            return Handle(plain.data, tl.int1) if plain.data.dtype == np.bool_ else plain
         result = op(widen(left.data), widen(right.data))
         return Handle(result, tl.int1) if result.dtype == np.bool_ else Handle(narrow(result), tl.bfloat16)
 

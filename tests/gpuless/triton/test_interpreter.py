@@ -147,6 +147,18 @@ def test_fma_rounds_once():
             assert error <= abs(Fraction(float(neighbour)) - exact)
 
 
+@triton.jit
+def scalar_mask(X, Y, limit, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(Y + at, tl.load(X + at, mask=(at < 4) & (tl.load(X) > limit), other=7.0))
+
+
+def test_a_scalar_comparison_is_a_mask():
+    x, y = torch.ones(8), torch.empty(8)
+    scalar_mask[(1,)](x, y, 0.5, N=8)
+    assert y.tolist() == [1.0] * 4 + [7.0] * 4
+
+
 def test_a_loop_over_a_tensor_runs():
     out = torch.zeros(1, dtype=torch.int32)
     loop[(1,)](out, 5)
