@@ -89,10 +89,6 @@ def denoise(native: Callable[..., str | None], sample: Tensor, model_output: Ten
     return None
 
 
-def denoise_cpu(*args: Any) -> str | None:
-    return denoise(native_cpu, *args)
-
-
 def composite_cpu(*args: Any) -> str | None:
     """Host tensors, each of a dtype that the kernels know: they may differ, times are often float32."""
     if why := native_cpu(*args):

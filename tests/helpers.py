@@ -16,20 +16,6 @@ needs_native = pytest.mark.skipif(not ISAS, reason="no native extension")
 CPU = pytest.param("cpu", marks=needs_native)
 BACKENDS = ["reference", CPU]
 
-# Triton's kernels run on a GPU (`make gpu-check`), or in the interpreter on host memory (`make gpuless`).
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETED:
-    from gpuless.triton import interpreter
-
-    interpreter.install()
-_on_a_gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"))
-TRITON = pytest.param("triton", marks=() if INTERPRETED else _on_a_gpu)
-ALL_BACKENDS = [*BACKENDS, TRITON]      # for tests that put their tensors where device_of says
-
-
-def device_of(backend: str | None) -> str:
-    return "cuda" if backend == "cuda" or (backend == "triton" and not INTERPRETED) else "cpu"
-
 # ONEPASS_EMULATED=ascending, descending or shuffled: the tests of every op take CUDA's kernels too, in the block
 # emulator with its threads in that order (`pytest -k cuda`).
 if EMULATED := os.environ.get("ONEPASS_EMULATED"):
@@ -38,6 +24,24 @@ if EMULATED := os.environ.get("ONEPASS_EMULATED"):
     _device = emulated.device(EMULATED)
     _device.__enter__()
     BACKENDS.append("cuda")
+
+# Triton's kernels run on a GPU (`make gpu-check`), or in the interpreter on host memory (`make gpuless`).
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    from gpuless.triton import interpreter
+
+    interpreter.install()
+
+# For tests that put their tensors where device_of says.
+_on_a_gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"))
+_needs_cuda = pytest.mark.skipif(_native.cuda_error is not None, reason=str(_native.cuda_error))
+TRITON = pytest.param("triton", marks=() if INTERPRETED else _on_a_gpu)
+CUDA = [] if EMULATED else [pytest.param("cuda", marks=(*_on_a_gpu, _needs_cuda))]      # emulated: in BACKENDS
+ALL_BACKENDS = [*BACKENDS, *CUDA, TRITON]
+
+
+def device_of(backend: str | None) -> str:
+    return "cuda" if (backend == "cuda" and not EMULATED) or (backend == "triton" and not INTERPRETED) else "cpu"
 
 
 def assert_as_good_as_torch(got: Tensor, same_dtype: Tensor, truth: Tensor, name: str = "result") -> None:
