@@ -71,15 +71,17 @@ struct Kernels {
   RngKernels rng;
   ReparamKernels reparam;
   AttentionKernels attention;
+  KvcacheKernels kvcache;
   DenoiseKernels denoise;
   BandwidthKernels bandwidth;
   CompositeKernels composite;
 };
 
 Kernels load(Isa isa) {
-#define ONEPASS_LOAD(name) \
-  if (isa == Isa::name)    \
-    return {isa, name::rng, name::reparam, name::attention, name::denoise, name::bandwidth, name::composite};
+#define ONEPASS_LOAD(name)                                                  \
+  if (isa == Isa::name)                                                     \
+    return {isa,           name::rng,     name::reparam,   name::attention, \
+            name::kvcache, name::denoise, name::bandwidth, name::composite};
   ONEPASS_FOR_EACH_ISA(ONEPASS_LOAD)
 #undef ONEPASS_LOAD
   throw std::logic_error("no such instruction set");
@@ -141,7 +143,7 @@ void bind_attention(py::module_& m) {
     const Append p{batch,    kv_heads, head_dim,       value_dim,      tokens, steps,  static_cast<DType>(dtype),
                    heads(k), heads(v), heads(k_cache), heads(v_cache), cache,  rotary, num_threads};
     py::gil_scoped_release nogil;
-    kernels.attention.append(p);
+    kernels.kvcache.append(p);
   });
 }
 

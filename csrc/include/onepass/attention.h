@@ -71,10 +71,14 @@ struct Append {
 struct AttentionKernels {
   int64_t (*workspace)(const Attention&);  // bytes of scratch, 64-byte aligned
   void (*forward)(const Attention&, void* workspace);
+};
+
+struct KvcacheKernels {
   void (*append)(const Append&);
 };
 
 ONEPASS_KERNELS(AttentionKernels, attention)
+ONEPASS_KERNELS(KvcacheKernels, kvcache)
 
 // What points outside the cache, or null. `queries` is the longest row, `tokens` the rows of q when ragged.
 const char* cache_fault(const Cache&, int64_t batch, int64_t queries, int64_t tokens, const Rotary&);

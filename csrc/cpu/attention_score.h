@@ -1,0 +1,84 @@
+// From raw products to scores: scale, softcap, ALiBi, masks; and the exponential of their softmax. Included by
+// csrc/cpu/attention_*.h.
+#pragma once
+#include "attention_work.h"
+
+namespace onepass::ONEPASS_ISA {
+namespace {
+
+// ---- the exponential of a softmax ----
+
+// e^x for x <= 0 within 1 ulp, exactly 0 from -104 down (without AVX-512 from -87.7), NaN for NaN.
+OP_INLINE F32 exp_negative(F32 x) {
+#if defined(__AVX512F__)
+  const F32 bounded = max(splat(-110.0f), x);
+#else
+  const F32 bounded = max(splat(-88.0f), x);
+#endif
+  const F32 k = round_even(bounded * 1.44269504f);
+  F32 r = fma(k, splat(-0.693359375f), bounded);
+  r = fma(k, splat(2.12194440e-4f), r);
+  F32 q = splat(1.3818296e-3f);
+  q = fma(q, r, splat(8.368532e-3f));
+  q = fma(q, r, splat(4.1668292e-2f));
+  q = fma(q, r, splat(0.16666523f));
+  q = fma(q, r, splat(0.49999994f));
+  const F32 y = fma(q, r * r, r) + 1.0f;
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(y, k);
+#else
+  return y * as_f32((truncate(x == x ? k : splat(0.0f)) + 127) << 23);
+#endif
+}
+
+OP_INLINE F32 tanh(F32 x) {
+  const F32 size = x < 0.0f ? -x : x;
+  const F32 t = expm1(2.0f * min(size, splat(20.0f)));
+  const F32 y = t / (t + 2.0f);
+  return x == x ? (x < 0.0f ? -y : y) : x;
+}
+
+// ---- scores ----
+
+// Nothing but scale, window and causal: scores stay raw products, scaled as they enter the exponential.
+static inline bool is_plain(const Attention& p) {
+  return !(p.softcap > 0 || p.slopes || p.tree || p.mask.kind != MaskKind::none);
+}
+
+// A vector of raw products as scores: `distance` from query to key, `extra` from fill_bias.
+OP_INLINE F32 score(const Attention& p, F32 product, F32 slope, F32 distance, F32 extra) {
+  F32 x = product * p.scale;
+  if (p.softcap > 0) x = p.softcap * tanh(x / p.softcap);
+  x = fma(-slope, max(distance, -distance), x);
+  return extra == EMPTY ? extra : x + extra;
+}
+
+static inline float slope_of(const Attention& p, int64_t b, int64_t h) {
+  return p.slopes ? p.slopes[b * p.slopes_batch + h] : 0.0f;
+}
+
+// What the scores of query i of head h add, a key each `step` floats: 0 and -inf for a boolean mask, the value of an
+// additive one, the tree over a row's last keys.
+static void fill_bias(const Attention& p, const Row& row, int64_t i, int64_t h, int64_t at, int count, float* bias,
+                      int64_t step) {
+  for (int j = 0; j < KEYS; ++j) bias[j * step] = 0;
+  if (p.mask.kind != MaskKind::none) {
+    const int64_t start = row.b * p.mask.batch + h * p.mask.head + i * p.mask.row + at * p.mask.key;
+    if (p.mask.kind == MaskKind::boolean) {
+      const uint8_t* seen = static_cast<const uint8_t*>(p.mask.data) + start;
+      for (int j = 0; j < count; ++j) bias[j * step] = seen[j * p.mask.key] ? 0 : EMPTY;
+    } else {
+      const float* extra = static_cast<const float*>(p.mask.data) + start;
+      for (int j = 0; j < count; ++j) bias[j * step] = extra[j * p.mask.key];
+    }
+  }
+  if (p.tree) {
+    const uint8_t* seen = p.tree + (row.b * p.queries + i) * p.queries;
+    const int64_t newest = row.keys - row.queries;
+    for (int64_t j = most(0, newest - at); j < count; ++j)
+      if (!seen[at + j - newest]) bias[j * step] = EMPTY;
+  }
+}
+
+}  // namespace
+}  // namespace onepass::ONEPASS_ISA
