@@ -20,6 +20,7 @@ PACKAGES = {
     "onepass.integrations": "engine/integrations",
     "onepass.integrations.flash_attn": "engine/integrations/flash_attn",
     "onepass.integrations.flash_attn.layers": "engine/integrations/flash_attn/layers",
+    "onepass.integrations.transformers": "engine/integrations/transformers",
     "onepass.reference": "engine/reference",
     "onepass.kernels": "kernels",
     "onepass.plans": "engine/plans",
