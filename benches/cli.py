@@ -64,9 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         importlib.import_module("matplotlib")  # a missing extra is named now, not after minutes of timing
     console, status = Console(width=None if sys.stdout.isatty() else 80), Console(stderr=True)
 
-    with status.status("measuring this machine's bandwidth and matrix rate"):
+    others = machine.OtherWork()
+    with status.status("measuring this machine's bandwidth and matrix rate"), others:
         rates = machine.measure(device, {case.dtype for _, case in chosen}, quick=options.quick)
-    about = machine.describe(device)
+    about = machine.describe(device) | {"other_work": others.processors()}
     report.print_header(console, about, machine.as_dict(rates))
 
     rows: list[Row] = []
@@ -80,15 +81,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                     compile_seconds=0.0 if options.no_compile or options.quick else options.compile_seconds,
                     command=_command(stem, case, options),
                     on_step=step,
+                    watch=others,
                 )
                 rows += (found := measure(case, rates, settings))
                 for key, group in report.grouped(found).items():
                     report.print_case(console, key, group)
+                about["other_work"] = others.processors()
                 report.save_json(options.out / "bench.json", about, machine.as_dict(rates), rows)
                 advance()
         except KeyboardInterrupt:
             interrupted = True
     if rows:
+        if told := machine.other_work(about):
+            console.print(f"\n{told}", style="red")
         written = [options.out / "bench.json"]
         if not options.no_plot and any(row.median is not None for row in rows):
             report.save_plot(options.out / "bench.png", about, rows)

@@ -98,6 +98,7 @@ class Settings:
     pool: int | None = None  # bytes that rotate; by default what the machine's caches ask for
     command: str = "onepass bench"
     on_step: Callable[[str], None] = field(default=lambda text: None)  # progress
+    watch: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)  # of the timing alone
 
 
 def measure(case: Case, rates: Rates, settings: Settings) -> list[Row]:
@@ -132,7 +133,9 @@ def measure(case: Case, rates: Rates, settings: Settings) -> list[Row]:
     if passed:
         settings.on_step(f"{case.name}: timing {len(passed)} implementations")
         ring = Ring(arguments, settings.pool if settings.pool is not None else pool_bytes(device))
-        _fill(case, rows, interleaved(passed, ring, device, settings.seconds), rates, ring.cache_resident)
+        with settings.watch:
+            times = interleaved(passed, ring, device, settings.seconds)
+        _fill(case, rows, times, rates, ring.cache_resident)
     return list(rows.values())
 
 

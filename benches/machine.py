@@ -26,6 +26,7 @@ import onepass
 from onepass import _native
 
 POOL_BYTES = 256 << 20
+SHORTEST_WATCH = 0.5  # seconds: the system counts CPU time in hundredths
 PACKAGES = ("torch", "numpy", "triton", "diffusers", "onnxruntime", "flash-attn", "flashinfer-python", "nerfacc")
 
 
@@ -74,7 +75,6 @@ def describe(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
         "device": device.type,
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -91,6 +91,50 @@ def describe(device: torch.device) -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+class OtherWork:
+    """The CPU time that others take while `with other_work:` blocks run: what disturbs times, ourselves left out.
+
+    A load average would count the benchmark itself.
+    """
+
+    def __init__(self, clocks: Callable[[], tuple[float, float, float] | None] | None = None) -> None:
+        self._clocks = clocks or _clocks
+        self._wall = self._others = 0.0
+
+    def __enter__(self) -> OtherWork:
+        self._start = self._clocks()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        end = self._clocks()
+        if self._start is not None and end is not None:
+            wall, busy, own = (b - a for a, b in zip(self._start, end, strict=True))
+            self._wall += wall
+            self._others += max(0.0, busy - own)
+
+    def processors(self) -> float | None:
+        """How many processors others kept busy, on average; None where nobody says or too little was seen."""
+        return self._others / self._wall if self._wall >= SHORTEST_WATCH else None
+
+
+def _clocks() -> tuple[float, float, float] | None:
+    """Seconds on the wall, of all processors' work, and of our own and our children's that have ended."""
+    try:
+        total = pathlib.Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        user, nice, system, _, _, irq, softirq = (int(x) / os.sysconf("SC_CLK_TCK") for x in total[:7])
+    except (OSError, ValueError):
+        return None
+    return time.monotonic(), user + nice + system + irq + softirq, sum(os.times()[:4])
+
+
+def other_work(about: dict[str, Any]) -> str:
+    """What a result says of other work, as a sentence or "": under a tenth of a processor is a machine's own noise."""
+    if "load" in about:
+        return f"Load average {about['load']:.1f}, this run's own work included: what others took was not measured."
+    found = about["other_work"]
+    return f"Other work kept {found:.1f} processors busy: times are high and spread." if found and found >= 0.1 else ""
 
 
 def cpu_name() -> str:

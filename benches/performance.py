@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .harness import Row
+from .machine import other_work
 from .report import duration, grouped, label, load_json, rate, ratio
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -36,13 +37,13 @@ def page(folder: pathlib.Path = RESULTS) -> str:
 def _machine(about: dict[str, Any], rates: dict[str, Any], rows: list[Row]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     products = ", ".join(f"{name} {rate(value, 'FLOP/s')}" for name, value in rates["matmul"].items())
-    load = about.get("load")
+    told = other_work(about)
     lines = [
         f"### {about.get('gpu', about['cpu'])}, {about['threads']} threads, {about['date'][:10]}",
         "",
         f"{about['isa']}; {versions}; commit {about['commit']}.",
         f"Measured rates: read {rate(rates['read'], 'B/s')}, copy {rate(rates['copy'], 'B/s')}, torch.mm {products}."
-        + (f" Other work ran beside it (load {load:.1f}): times are high and spread." if load and load > 0.5 else ""),
+        + (f" {told}" if told else ""),
         "",
         "| case | shape | dtype | implementation | median | p20 to p80 | n | error | of bound | x eager |",
         "|---|---|---|---|---|---|---|---|---|---|",

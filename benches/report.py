@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .harness import Row
+from .machine import other_work
 
 Key = tuple[str, str, str, str]
 
@@ -56,8 +57,8 @@ def print_header(console: Console, about: dict[str, Any], rates: dict[str, Any])
     console.print(f"{versions}; commit {about['commit']}", highlight=False)
     products = ", ".join(f"{name} {rate(value, 'FLOP/s')}" for name, value in rates["matmul"].items())
     winners = rates["winners"]
-    if about["load"] is not None and about["load"] > 0.5:
-        console.print(f"other work is running here (load {about['load']:.1f}): times are high and spread", style="red")
+    if told := other_work(about):
+        console.print(told, style="red")
     console.print(
         f"measured here: read {rate(rates['read'], 'B/s')} ({winners['read']}), copy {rate(rates['copy'], 'B/s')} "
         f"({winners['copy']}), torch.mm {products}",

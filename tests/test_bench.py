@@ -165,6 +165,41 @@ def test_native_copy_and_read(size: int, offset: int) -> None:
     assert _native._C.read_bytes(source.data_ptr(), size, 2) == expected
 
 
+def test_other_work_leaves_our_own_out() -> None:
+    """Three seconds in which half of the work was ours, then one in which all of it was."""
+    ticks = iter([(10.0, 100.0, 50.0), (13.0, 112.0, 56.0), (20.0, 500.0, 60.0), (21.0, 504.0, 64.0)])
+    others = machine.OtherWork(lambda: next(ticks))
+    assert others.processors() is None
+    with others:
+        pass
+    assert others.processors() == 2.0
+    with others:
+        pass
+    assert others.processors() == 1.5
+    assert "1.5 processors" in machine.other_work({"other_work": others.processors()})
+    assert machine.other_work({"other_work": 0.05}) == machine.other_work({"other_work": None}) == ""
+
+    silent = machine.OtherWork(lambda: None)
+    with silent:
+        pass
+    assert silent.processors() is None
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the system does not say")
+def test_other_work_is_seen_as_it_runs() -> None:
+    burn = "import time; end = time.monotonic() + 60\nwhile time.monotonic() < end: pass"
+    others = machine.OtherWork()
+    with subprocess.Popen([sys.executable, "-c", burn]) as process:
+        try:
+            with others:
+                time.sleep(1.0)
+        finally:
+            process.kill()
+    found = others.processors()
+    assert found is not None
+    assert found > 0.2      # a whole processor, unless many more want it
+
+
 def test_the_command_writes_a_table_json_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["rng", "--only", "normal_1m_fp32", "--quick", "--device", "cpu", "--seconds", "0.001"]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
@@ -175,6 +210,7 @@ def test_the_command_writes_a_table_json_and_a_plot(tmp_path: Path, capsys: pyte
     about, rates, rows = report.load_json(tmp_path / "bench.json")
     assert about["versions"]["torch"]
     assert about["commit"]
+    assert about["other_work"] is None or about["other_work"] >= 0
     assert rates["read"] > 0
     assert {row.implementation: row.backend for row in rows} == {
         "onepass": "reference" if _native.error else "cpu", "eager": ""

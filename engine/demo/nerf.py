@@ -166,7 +166,8 @@ def _views(count: int, size: int, device: torch.device) -> list[tuple[Tensor, Te
     """Cameras on a spiral, from the horizon up."""
     golden = math.pi * (3 - math.sqrt(5))
     places = [(i * golden, math.radians(8 + 55 * (i + 0.5) / count)) for i in range(count)]
-    return [tuple(part.to(device) for part in scene.camera_rays(*place, size)) for place in places]  # type: ignore
+    rays = (scene.camera_rays(*place, size) for place in places)
+    return [(origins.to(device), directions.to(device)) for origins, directions in rays]
 
 
 def run(device: torch.device, bar: Bar, quick: bool = False) -> Result:

@@ -98,11 +98,10 @@ def ratio_text(stock: Time, onepass: Time) -> tuple[str, str]:
 def table(results: list[Result]) -> Table:
     """Two lines a workload, within 80 columns."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for title, justify in (
-        ("", "left"), ("stock", "right"), ("onepass", "right"), ("ratio", "right"), ("share", "right"),
-        ("check", "left"),
-    ):
-        made.add_column(title, justify=justify)  # type: ignore[arg-type]
+    made.add_column("")
+    for title in ("stock", "onepass", "ratio", "share"):
+        made.add_column(title, justify="right")
+    made.add_column("check")
     for i, result in enumerate(results):
         if i:
             made.add_section()

@@ -49,8 +49,8 @@ def words(
     blocks = -(-length // 4)
     seed, stream, offset = (x.reshape(-1, 1).expand(rows, blocks) for x in (seed, stream, offset))
     block = offset + torch.arange(blocks, device=seed.device)
-    counter = tuple(word for x in (block, stream) for word in (x & _MASK, (x >> 32) & _MASK))
-    drawn = philox(counter, (seed & _MASK, (seed >> 32) & _MASK))       # type: ignore[arg-type]  # four words
+    halves = lambda x: (x & _MASK, (x >> 32) & _MASK)
+    drawn = philox((*halves(block), *halves(stream)), halves(seed))
     return torch.stack(drawn, dim=-1).reshape(rows, 4 * blocks)
 
 
