@@ -39,12 +39,34 @@ void bind_denoise(py::module_& m) {
   def_denoise_step<Place>(m, [](const Denoise& p, const Place& place) { return cuda::denoise_step(p, on(place)); });
 }
 
+void bind_volrend(py::module_& m) {
+  m.def("composite_scratch", cuda::composite_scratch);
+  m.def("composite_forward", [](const Composite& p, Pointer features, Pointer depth, Pointer opacity, Pointer weights,
+                                Pointer distortion, const Place& place) {
+    cuda::composite_forward(
+        p, {at<void>(features), at<void>(depth), at<void>(opacity), at<void>(weights), at<void>(distortion)},
+        on(place));
+  });
+  m.def("composite_backward", [](const Composite& p, Pointer grad_features, Pointer grad_depth, Pointer grad_opacity,
+                                 Pointer grad_distortion, const SamplesArgument& grad_weights, Pointer sigmas,
+                                 Pointer features, Pointer t_starts, Pointer t_ends, Pointer alphas, Pointer background,
+                                 Pointer prefix_trans, Pointer left, const Place& place) {
+    cuda::composite_backward(p,
+                             {at<const float>(grad_features), at<const float>(grad_depth),
+                              at<const float>(grad_opacity), at<const float>(grad_distortion), samples(grad_weights)},
+                             {at<void>(sigmas), at<void>(features), at<void>(t_starts), at<void>(t_ends),
+                              at<void>(alphas), at<float>(background), at<float>(prefix_trans), at<float>(left)},
+                             on(place));
+  });
+}
+
 }  // namespace
 
 void bind_cuda(py::module_ m) {
   bind_rng(m);
   bind_reparam(m);
   bind_denoise(m);
+  bind_volrend(m);
 }
 
 }  // namespace onepass::bindings

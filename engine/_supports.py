@@ -90,8 +90,16 @@ def denoise(native: Callable[..., str | None], sample: Tensor, model_output: Ten
 
 
 def composite_cpu(*args: Any) -> str | None:
-    """Host tensors, each of a dtype that the kernels know: they may differ, times are often float32."""
-    if why := native_cpu(*args):
+    return _composite(native_cpu, *args)
+
+
+def composite_cuda(*args: Any) -> str | None:
+    return _composite(native_cuda, *args)
+
+
+def _composite(native: Callable[..., str | None], *args: Any) -> str | None:
+    """Each tensor of a dtype that the kernels know: they may differ, times are often float32."""
+    if why := native(*args):
         return why
     floats = (x.dtype for x in args if isinstance(x, Tensor) and x.dtype != torch.int64)
     return next((why for dtype in floats if (why := cpu_dtype(dtype))), None)

@@ -217,6 +217,7 @@ _TABLE = [
         "-> (Tensor features, Tensor depth, Tensor opacity, Tensor weights, Tensor distortion)",
         "composite",
         {
+            "cuda": Impl("onepass._native.volrend:forward", supports.composite_cuda, f"{_RAY_TYPES}; {_BUILT}"),
             "cpu": Impl("onepass._native.volrend:forward", supports.composite_cpu, _RAY_TYPES),
             "reference": _reference("volrend:composite"),
         },
@@ -229,6 +230,7 @@ _TABLE = [
         "Tensor grad_background, Tensor grad_prefix_trans)",
         "the gradient of composite",
         {
+            "cuda": Impl("onepass._native.volrend:backward", supports.composite_cuda, f"{_RAY_TYPES}; {_BUILT}"),
             "cpu": Impl("onepass._native.volrend:backward", supports.composite_cpu, _RAY_TYPES),
             "reference": _reference("volrend:composite_backward"),
         },

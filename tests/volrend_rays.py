@@ -54,7 +54,7 @@ def results(
                  return_weights=True, distortion=True, **options)
     g = torch.Generator().manual_seed(9)
     with_grad = [x for x in out if x.requires_grad]
-    grads = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(dtype) for x in with_grad]
+    grads = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.device, dtype) for x in with_grad]
     found = torch.autograd.grad(with_grad, inputs, grads, allow_unused=True, materialize_grads=True)
     return dict(zip((*out._fields, "d_density", "d_features", "d_starts", "d_ends", "d_background", "d_prefix"),
                     (*out, *found), strict=True))

@@ -1,12 +1,14 @@
-"""Compositing along rays on the CPU."""
+"""Compositing along rays on the CPU and on CUDA devices."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..reference.volrend import DEPTHS, offsets_error
-from . import _C, DTYPES, pointer
+from . import _C, DTYPES, kernels, on_device, pointer
 
 _TASK = 4096  # samples that are worth a thread of their own
 
@@ -19,31 +21,43 @@ class _Call:
     def __init__(
         self, sigmas: Tensor | None, features: Tensor, t_starts: Tensor, t_ends: Tensor, alphas: Tensor | None,
         ray_offsets: Tensor | None, background: Tensor | None, prefix_trans: Tensor | None, early_stop_eps: float,
-        depth: str,
+        depth: str, backward: bool,
     ) -> None:
         self.held: list[Tensor] = []
         density = alphas if sigmas is None else sigmas
         assert density is not None
         self.density, self.packed = density, ray_offsets is not None
-        if ray_offsets is None:
-            self.n_rays, longest = density.shape
+        offsets = None if ray_offsets is None else self.keep(ray_offsets.contiguous())
+        self.n_rays = density.shape[0] if offsets is None else offsets.shape[0] - 1
+        self.native, place = kernels(density)
+        self.place: tuple[Any, ...] = ()
+        if on_device(density):      # whose offsets the kernel checks
+            self.place, threads, tasks = (place,), 1, 1
+            n_samples = density.shape[-1]
+            floats = self.native.composite_scratch(density.numel(), self.n_rays, features.shape[-1], backward)
         else:
-            self.n_rays = ray_offsets.shape[0] - 1
-            offsets = self.keep(ray_offsets.contiguous())
-            longest = _C.longest_ray(offsets.data_ptr(), self.n_rays, density.shape[0])
-            if longest < 0:
-                raise ValueError(offsets_error(ray_offsets, density.shape[0]))
-        threads = torch.get_num_threads()
-        tasks = max(1, min(threads, density.numel() // _TASK))
-        scratch = self.keep(self.floats(tasks * _C.composite_scratch(longest)))
+            threads, tasks = place, max(1, min(place, density.numel() // _TASK))
+            n_samples = self.longest(ray_offsets)
+            floats = tasks * _C.composite_scratch(n_samples)
+        scratch = self.keep(self.floats(floats))
         back = None if background is None else self.keep(background.float().contiguous())
         prefix = None if prefix_trans is None else self.keep(prefix_trans.float().contiguous())
         self.described = _C.Composite(
-            self.n_rays, longest, features.shape[-1], pointer(offsets) if self.packed else 0,
+            self.n_rays, n_samples, features.shape[-1], pointer(offsets),
             self.samples(sigmas), self.samples(alphas), self.samples(features), self.samples(t_starts),
             self.samples(t_ends), pointer(back), 0 if back is None or back.dim() == 1 else back.shape[1],
             pointer(prefix), early_stop_eps, DEPTHS.index(depth), threads, tasks, scratch.data_ptr(),
         )
+
+    def longest(self, ray_offsets: Tensor | None) -> int:
+        """The samples of the longest ray, of offsets in host memory."""
+        if ray_offsets is None:
+            return self.density.shape[1]
+        total = self.density.shape[0]
+        longest = _C.longest_ray(ray_offsets.contiguous().data_ptr(), self.n_rays, total)
+        if longest < 0:
+            raise ValueError(offsets_error(ray_offsets, total))
+        return longest
 
     def keep(self, x: Tensor) -> Tensor:
         self.held.append(x)
@@ -71,7 +85,8 @@ def forward(
     depth: str, return_weights: bool, distortion: bool, out: tuple[Tensor | None, ...] | None = None,
 ) -> tuple[Tensor, ...]:
     call = _Call(
-        sigmas, features, t_starts, t_ends, alphas, ray_offsets, background, prefix_trans, early_stop_eps, depth
+        sigmas, features, t_starts, t_ends, alphas, ray_offsets, background, prefix_trans, early_stop_eps, depth,
+        backward=False,
     )
     n_rays, density = call.n_rays, call.density
     given = (None,) * 5 if out is None else out
@@ -90,7 +105,7 @@ def forward(
     wanted = (True, True, True, return_weights, distortion)
     if n_rays:
         pointers = [x.data_ptr() if want else 0 for x, want in zip(results, wanted, strict=True)]
-        _C.composite_forward(call.described, *pointers)
+        call.native.composite_forward(call.described, *pointers, *call.place)
     return tuple(r if x is None or x is r else x.copy_(r) for r, x in zip(results, given, strict=True))
 
 
@@ -101,7 +116,8 @@ def backward(
     early_stop_eps: float, depth: str, needs: list[bool], out: None = None,
 ) -> tuple[Tensor, ...]:
     call = _Call(
-        sigmas, features, t_starts, t_ends, alphas, ray_offsets, background, prefix_trans, early_stop_eps, depth
+        sigmas, features, t_starts, t_ends, alphas, ray_offsets, background, prefix_trans, early_stop_eps, depth,
+        backward=True,
     )
     inputs = (sigmas, features, t_starts, t_ends, alphas, background, prefix_trans)
     wanted = [x if need else None for x, need in zip(inputs, needs, strict=True)]
@@ -110,10 +126,10 @@ def backward(
     by_ray = [None if x is None else x.new_zeros(x.shape, dtype=torch.float32) for x in wanted[5:]]
     if call.n_rays:
         left = call.floats(call.n_rays)
-        _C.composite_backward(
+        call.native.composite_backward(
             call.described, call.by_ray(grad_features), call.by_ray(grad_depth), call.by_ray(grad_opacity),
             call.by_ray(grad_distortion), call.samples(grad_weights), *map(pointer, (*by_sample, *by_ray)),
-            left.data_ptr(),
+            left.data_ptr(), *call.place,
         )
     rounded = (None if x is None or g is None else g.to(x.dtype) for x, g in zip(wanted[5:], by_ray, strict=True))
     return tuple(call.floats(0) if g is None else g for g in (*by_sample, *rounded))

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "onepass/cuda.h"
 #include "onepass/dtype.h"
 #include "onepass/isa.h"
 
@@ -57,5 +58,13 @@ struct CompositeKernels {
 };
 
 ONEPASS_KERNELS(CompositeKernels, composite)
+
+// On a device ray_offsets are not read by the host: packed, n_samples is that of all rays together; a ray whose offsets
+// do not ascend inside them is not written. tasks is not read; scratch has composite_scratch floats.
+namespace cuda {
+int64_t composite_scratch(int64_t samples, int64_t n_rays, int64_t n_channels, bool backward);
+void composite_forward(const Composite&, const CompositeOut&, const Stream&);
+void composite_backward(const Composite&, const CompositeGradIn&, const CompositeGradOut&, const Stream&);
+}  // namespace cuda
 
 }  // namespace onepass
