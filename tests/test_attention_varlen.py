@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import onepass
 
 from cases import FLOATS, RAGGED
-from helpers import BACKENDS, ISAS, assert_as_good_as_torch, needs_native, run_python
+from helpers import CPU, ISAS, assert_as_good_as_torch, needs_native, run_python
 from test_attention import core, in_float64, randn
 
+BACKENDS = ["reference", CPU]
 OPTIONS = {
     "none": {},
     "causal": {"causal": True},
@@ -257,6 +258,11 @@ def test_traces():
             torch.testing.assert_close(torch.autograd.grad(compiled(q, k, v, *lengths[:2]), (q, k, v)), truth)
     with pytest.raises(ValueError, match=r"cu_seqlens_k is \[0, 5, 13\], expected to rise from 0 to the 14 rows of k"):
         compiled(q, k, v, lengths[0], ends((5, 8)))
+    graph = torch.fx.experimental.proxy_tensor.make_fx(lambda *x: onepass.attention_varlen(*x, *lengths[2:]))
+    plain = [x.detach() for x in (q, k, v)]
+    torch.testing.assert_close(
+        graph(*plain, *lengths[:2])(*plain, *lengths[:2]), onepass.attention_varlen(*plain, *lengths)
+    )
     with torch._subclasses.FakeTensorMode():
         index = torch.empty(3, dtype=torch.int32)
         out, lse = onepass.attention_varlen(

@@ -139,6 +139,18 @@ def test_ragged_rows_are_the_rows(theirs, ours):
     assert torch.equal(paged, out)
 
 
+@pytest.mark.parametrize("module", [flash_attn, flash_attn_3])
+@pytest.mark.parametrize(
+    ("queries", "keys", "picture"),
+    [(2, 5, ["11110", "11111"]), (5, 2, ["00", "00", "00", "10", "11"])],      # from flash_attn_func's documentation
+)
+def test_causal_is_aligned_as_published(module, queries, keys, picture):
+    q, k = torch.zeros(1, queries, 1, keys), torch.zeros(1, keys, 1, keys)
+    out = module.flash_attn_func(q, k, torch.eye(keys).reshape(1, keys, 1, keys), causal=True)
+    seen = ["".join("1" if x else "0" for x in row) for row in out[0, :, 0].tolist()]
+    assert seen == picture
+
+
 def test_gradients_flow():
     leaves = [x.requires_grad_() for x in data(sk=5)]
     wide = [x.detach().double().requires_grad_() for x in leaves]

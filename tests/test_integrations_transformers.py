@@ -198,6 +198,17 @@ def test_the_mask_says_only_what_the_rule_does_not():
         assert attention_mask(**causal | change, device="cpu").shape == (3, 1, 20, 30 if "kv_length" in change else 20)
 
 
+def test_a_padded_row_has_the_bits_of_the_row_alone():
+    q, k, v = (torch.randn(3, h, 20, 16, generator=torch.Generator().manual_seed(h)) for h in (4, 2, 1))
+    v, module = v.expand(-1, 2, -1, -1), torch.nn.Module()
+    padding = attention_mask(3, 20, 20, attention_mask=prompts()[1].bool())
+    out = attention_forward(module, q, k, v, padding, sliding_window=6)[0]
+    for row, n in enumerate((0, 5, 11)):
+        one = (x[row : row + 1, :, n:] for x in (q, k, v))
+        assert torch.equal(attention_forward(module, *one, None, sliding_window=6)[0][0], out[row, n:])
+        assert not out[row, :n].any()
+
+
 def test_a_biased_mask_adds_up():
     q, k, v = (torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(s)) for s in (1, 2, 3))
     bias, module = torch.randn(1, 4, 6, 6), torch.nn.Module()

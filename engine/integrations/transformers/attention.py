@@ -40,6 +40,8 @@ def attention_forward(
         raise ValueError("output_attentions=True: onepass never forms the weights, use attn_implementation='eager'")
     if cache is not None:
         raise ValueError(f"cache is a {type(cache).__name__}: onepass does not serve continuous batching")
+    if position_bias is not None and _gradient(position_bias):
+        raise ValueError("position_bias requires a gradient, which onepass does not give: train it with 'eager'")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     options: dict[str, Any] = {"softcap": softcap or 0.0, "scale": scaling, "sinks": s_aux}
     whole = attention_mask is not None and attention_mask.dim() == 4
