@@ -198,15 +198,17 @@ def test_the_mask_says_only_what_the_rule_does_not():
         assert attention_mask(**causal | change, device="cpu").shape == (3, 1, 20, 30 if "kv_length" in change else 20)
 
 
-def test_a_padded_row_has_the_bits_of_the_row_alone():
-    q, k, v = (torch.randn(3, h, 20, 16, generator=torch.Generator().manual_seed(h)) for h in (4, 2, 1))
-    v, module = v.expand(-1, 2, -1, -1), torch.nn.Module()
-    padding = attention_mask(3, 20, 20, attention_mask=prompts()[1].bool())
-    out = attention_forward(module, q, k, v, padding, sliding_window=6)[0]
-    for row, n in enumerate((0, 5, 11)):
-        one = (x[row : row + 1, :, n:] for x in (q, k, v))
-        assert torch.equal(attention_forward(module, *one, None, sliding_window=6)[0][0], out[row, n:])
-        assert not out[row, :n].any()
+@pytest.mark.parametrize("queries", [1, 4])
+def test_a_padded_row_has_the_bits_of_the_row_alone(queries):
+    q, k, v = (torch.randn(3, h, n, 16, generator=torch.Generator().manual_seed(h + n))
+               for h, n in ((4, queries), (2, 20), (2, 20)))  # fmt: skip
+    padding, module = prompts()[1].bool(), torch.nn.Module()
+    mask = attention_mask(3, queries, 20, 20 - queries, attention_mask=padding)
+    for options in ({}, {"sliding_window": 6}, {"softcap": 2.0, "s_aux": torch.randn(4)}):
+        out = attention_forward(module, q, k, v, mask, **options)[0]
+        for row, n in enumerate((0, 5, 11)):
+            one = (q[row : row + 1], k[row : row + 1, :, n:], v[row : row + 1, :, n:])
+            assert torch.equal(attention_forward(module, *one, None, **options)[0][0], out[row])
 
 
 def test_a_biased_mask_adds_up():
