@@ -166,6 +166,23 @@ def test_half_precision_is_as_close_as_eager():
     assert (ours - truth).norm() <= 1.2 * (same - truth).norm()
 
 
+@pytest.mark.parametrize("name", ["Llama", "Gemma3", "GptOss"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_autocast(name, grad):
+    model = decoder(name)
+    ids, padding = prompts()
+    with torch.set_grad_enabled(grad):
+        truth = run(model, "eager", input_ids=ids, attention_mask=padding, use_cache=False).logits.detach()
+        with torch.autocast("cpu", torch.bfloat16):
+            same, ours = (
+                run(model, i, input_ids=ids, attention_mask=padding, use_cache=False).logits.detach()
+                for i in ("eager", "onepass")
+            )
+    kept = padding.bool()
+    assert ours.dtype == same.dtype
+    assert (ours.float() - truth)[kept].norm() <= 1.5 * (same.float() - truth)[kept].norm()
+
+
 def test_unusual_masks_are_whole_tables():
     model = decoder("Llama")
     ids, _ = prompts()

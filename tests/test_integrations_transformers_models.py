@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -119,3 +122,11 @@ def test_pictures_and_texts():
     torch.testing.assert_close(model(**inputs).logits_per_image, truth, rtol=1e-4, atol=1e-4)
     restore(model)
     assert model.config.text_config._attn_implementation == "eager"
+
+
+def test_the_example_compares_six_ways(capsys):
+    example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "transformers_decode.py"))
+    medians = example["main"](["--layers", "1", "--hidden", "32", "--prompt", "12", "--steps", "3", "--heads", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(medians) == 6 and len(lines) == 7
+    assert all(float(line.rsplit(" ", 1)[1]) < 1e-5 for line in lines[1:])

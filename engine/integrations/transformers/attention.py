@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import attention, attention_with_kvcache
+from ...attention import autocast
 from .mask import attention_mask as mask_function
 
 NAME = "onepass"
@@ -42,7 +43,7 @@ def attention_forward(
         raise ValueError(f"cache is a {type(cache).__name__}: onepass does not serve continuous batching")
     if position_bias is not None and _gradient(position_bias):
         raise ValueError("position_bias requires a gradient, which onepass does not give: train it with 'eager'")
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    q, k, v = autocast(*(x.transpose(1, 2) for x in (query, key, value)))   # else rotary may leave v in another dtype
     options: dict[str, Any] = {"softcap": softcap or 0.0, "scale": scaling, "sinks": s_aux}
     whole = attention_mask is not None and attention_mask.dim() == 4
     if not whole and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
