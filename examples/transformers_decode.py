@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     truth = logits["eager attention, transformers cache"]
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     base = medians["sdpa attention, transformers cache"]
-    print(f"{a.layers} layers, width {a.hidden}, {a.heads}/{a.kv_heads} heads, {a.batch} x {a.prompt} tokens, {a.dtype}")
+    print(f"{a.layers} layers of {a.hidden}, {a.heads}/{a.kv_heads} heads, {a.batch} x {a.prompt} tokens, {a.dtype}")
     for name, seconds in medians.items():
         error = float((logits[name] - truth).abs().max() / truth.abs().max())
         print(f"{name:<40} {1e3 * seconds:8.2f} ms a step {base / seconds:6.2f}x   differs from eager by {error:.1e}")
