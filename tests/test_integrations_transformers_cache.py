@@ -108,7 +108,7 @@ def test_a_fixed_size_is_kept_and_bad_calls_are_refused():
     cache.update(*states(5, 1), 1)
     buffer = cache.layers[1].keys
     cache.update(*states(3, 2), 1)
-    assert cache.layers[1].keys is buffer and buffer.shape == (2, 8, 2, 16)
+    assert cache.layers[1].keys is buffer and buffer.shape == (2, 2, 8, 16)
     with pytest.raises(ValueError, match="max_length=8: the cache holds 8 tokens and gets 1 more"):
         cache.update(*states(1, 3), 1)
     assert cache.get_seq_length(1) == 8
@@ -204,12 +204,12 @@ def test_a_compiled_step_copies_no_cache(name, layers):
     torch.testing.assert_close(logits, truth[:, :4], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(again, truth, rtol=1e-4, atol=1e-4)
     held = cache.layers[-1]
-    torch.testing.assert_close(held.keys[:, :24], twin.layers[-1].keys[:, :24], rtol=1e-4, atol=1e-4)
-    assert codes and held.keys.shape[1] == room
+    torch.testing.assert_close(held.keys[:, :, :24], twin.layers[-1].keys[:, :, :24], rtol=1e-4, atol=1e-4)
+    assert codes and held.keys.shape[2] == room
     for code in codes:      # a copy of a layer needs a buffer of its size, or a loop over its room
         sizes = re.findall(r"= empty_strided_cpu\(\((.*?)\), \(", code)
         sizes = [re.sub(r"\b[su]\d+\b", str(held.held), size) for size in sizes]     # symbols are the tokens held
         numels = [math.prod(eval(f"({size},)", {"Max": max, "Min": min})) for size in sizes]
-        assert numels and max(numels) < held.keys[:, : held.held].numel()
+        assert numels and max(numels) < held.keys[:, :, : held.held].numel()
         bounds = [int(n) for n in re.findall(r"<static_cast<int64_t>\((\d+)L\)", code)]
         assert bounds and max(bounds) < room

@@ -1,6 +1,8 @@
 """torch.nn.functional.scaled_dot_product_attention with its own signature, through `onepass.attention`."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,17 +30,20 @@ def scaled_dot_product_attention(
             raise TypeError(f"{name} is {type(x).__name__}, expected a tensor")
         if x.dim() < 2:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected [..., H, L, E] with 2 dims or more")
-    rank = max(query.dim(), key.dim(), value.dim())
-    q, k, v = (x[(None,) * (4 - x.dim())] if x.dim() < 4 else x for x in (query, key, value))
-    heads, kv_heads = q.shape[-3], k.shape[-3]
+    lead: Sequence[int] | None = None           # dims before the heads, where they are not one batch that all share
+    q, k, v = query, key, value
+    rank = max(q.dim(), k.dim(), v.dim())
+    if not q.dim() == k.dim() == v.dim() == 4 or not q.shape[0] == k.shape[0] == v.shape[0]:
+        q, k, v = (x[(None,) * (4 - x.dim())] if x.dim() < 4 else x for x in (q, k, v))
+        lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+        q, k, v = (x.expand(*lead, *x.shape[-3:]).flatten(0, -4) for x in (q, k, v))
+        if attn_mask is not None and len(lead) > 1 and attn_mask.dim() > 3:
+            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
+    heads, kv_heads = q.shape[1], k.shape[1]
     if heads != kv_heads and not enable_gqa:
         if 1 not in (heads, kv_heads):
             raise ValueError(f"key has {kv_heads} heads and query {heads}: expected the same, or enable_gqa=True")
-        q = q.expand(*q.shape[:-3], max(heads, kv_heads), *q.shape[-2:])
-    lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
-    q, k, v = (x.expand(*lead, *x.shape[-3:]).flatten(0, -4) for x in (q, k, v))
-    if attn_mask is not None and len(lead) > 1 and attn_mask.dim() > 3:
-        attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
+        q = q.expand(-1, max(heads, kv_heads), -1, -1)
     window = (-1, -1)
     if is_causal:       # keys after the last query are not seen; further queries than keys shift the diagonal
         length, keys = q.shape[2], k.shape[2]
@@ -47,7 +52,10 @@ def scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask=attn_mask, scale=scale, window=window
     )
     assert isinstance(out, Tensor)
-    out = out.transpose(1, 2).unflatten(0, lead)
+    out = out.transpose(1, 2)
+    if lead is None:
+        return out
+    out = out.unflatten(0, lead)
     return out[(0,) * (4 - rank)] if rank < 4 else out
 
 

@@ -10,11 +10,16 @@ from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and
 _FIRST_ROOM = 64    # tokens that a layer without max_length has room for at first
 
 
-class OnePassLayer(CacheLayerMixin):
-    """Keys and values of one layer in buffers [B, room, Hkv, D], whose first `held` places are the last tokens seen.
+def _buffer(like: Tensor, rows: int, room: int) -> Tensor:
+    """Room for this many tokens of the heads of `like`, [B, Hkv, S, D], laid out as [B, room, Hkv, D]."""
+    return like.new_empty(rows, room, like.shape[1], like.shape[3]).transpose(1, 2)
 
-    `update` copies the new tokens and no others, and returns views [B, Hkv, tokens, D]. Without a max_length a full
-    buffer is replaced by one of twice the size. Inference only.
+
+class OnePassLayer(CacheLayerMixin):
+    """Keys and values of one layer in buffers [B, Hkv, room, D], whose first `held` places are the last tokens seen.
+
+    The heads of a token lie together in memory. `update` copies the new tokens and no others, and returns views.
+    Without a max_length a full buffer is replaced by one of twice the size. Inference only.
     """
 
     is_compileable = False      # of generate(), which would want static shapes; torch.compile of a step takes the cache
@@ -40,7 +45,7 @@ class OnePassLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[2]
-        if self.held + new > self.keys.shape[1]:
+        if self.held + new > self.keys.shape[2]:
             self._make_room(new)
         self._append(key_states, value_states)
         return self._last(self._visible(new))
@@ -74,12 +79,12 @@ class OnePassLayer(CacheLayerMixin):
             return
         indices = indices.to(self.device)
         indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
-        rows = indices.shape[0]
+        rows, room = indices.shape[0], self.keys.shape[2]
         old, spare = (self.keys, self.values), self._spare
-        if spare is None or any(s.shape != (rows, *x.shape[1:]) for s, x in zip(spare, old, strict=True)):
-            spare = old[0].new_empty(rows, *old[0].shape[1:]), old[1].new_empty(rows, *old[1].shape[1:])
+        if spare is None or spare[0].shape[0] != rows:
+            spare = _buffer(old[0], rows, room), _buffer(old[1], rows, room)
         for target, source in zip(spare, old, strict=True):
-            target[:, : self.held] = source[:, : self.held].index_select(0, indices)
+            target[:, :, : self.held] = source[:, :, : self.held].index_select(0, indices)
         (self.keys, self.values), self._spare = spare, old
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -88,7 +93,7 @@ class OnePassLayer(CacheLayerMixin):
 
     def _allocate(self, new: int, *states: Tensor) -> None:
         room = self.max_length or max(_FIRST_ROOM, 2 * new)
-        self.keys, self.values = (x.new_empty(x.shape[0], room, x.shape[1], x.shape[3]) for x in states)
+        self.keys, self.values = (_buffer(x, x.shape[0], room) for x in states)
 
     def _make_room(self, new: int) -> None:
         if self.max_length is not None:
@@ -99,19 +104,19 @@ class OnePassLayer(CacheLayerMixin):
         """The last tokens held go to the front of buffers with this room, the same ones where that is their room."""
         for name in ("keys", "values"):
             buffer = getattr(self, name)
-            last = buffer[:, self.held - tokens : self.held]
-            if room == buffer.shape[1]:
+            last = buffer[:, :, self.held - tokens : self.held]
+            if room == buffer.shape[2]:
                 last = last.clone()     # the places may overlap
             else:
-                buffer, self._spare = buffer.new_empty(buffer.shape[0], room, *buffer.shape[2:]), None
+                buffer, self._spare = _buffer(buffer, buffer.shape[0], room), None
                 setattr(self, name, buffer)
-            buffer[:, :tokens] = last
+            buffer[:, :, :tokens] = last
         self.held = tokens
 
     def _append(self, *states: Tensor) -> None:
         new = states[0].shape[2]
         for buffer, x in zip((self.keys, self.values), states, strict=True):
-            buffer[:, self.held : self.held + new] = x.transpose(1, 2)
+            buffer.narrow(2, self.held, new).copy_(x)
         self.seen, self.held = self.seen + new, self.held + new
 
     def _visible(self, new: int) -> int:
@@ -119,7 +124,7 @@ class OnePassLayer(CacheLayerMixin):
 
     def _last(self, tokens: int) -> tuple[Tensor, Tensor]:
         first = self.held - tokens
-        return self.keys[:, first : self.held].transpose(1, 2), self.values[:, first : self.held].transpose(1, 2)
+        return self.keys.narrow(2, first, tokens), self.values.narrow(2, first, tokens)
 
 
 class OnePassSlidingLayer(OnePassLayer):
@@ -160,16 +165,15 @@ class OnePassSlidingLayer(OnePassLayer):
                 f"crop({tokens_to_remove}): tokens of the window before are gone, call activate_past_recording() first"
             )
         super().crop(tokens_to_remove)
-        if self.record_past and self.is_initialized and 2 * self.held > self.keys.shape[1]:
-            self._keep_last(min(self.held, self.sliding_window - 1), self.keys.shape[1])
+        if self.record_past and self.is_initialized and 2 * self.held > self.keys.shape[2]:
+            self._keep_last(min(self.held, self.sliding_window - 1), self.keys.shape[2])
 
     def _allocate(self, new: int, *states: Tensor) -> None:
-        room = 2 * self.sliding_window
-        self.keys, self.values = (x.new_empty(x.shape[0], room, x.shape[1], x.shape[3]) for x in states)
+        self.keys, self.values = (_buffer(x, x.shape[0], 2 * self.sliding_window) for x in states)
 
     def _make_room(self, new: int) -> None:
         kept = self.held if self.record_past else min(self.held, self.sliding_window - 1)
-        room = self.keys.shape[1]
+        room = self.keys.shape[2]
         self._keep_last(kept, room if kept + new <= room else 2 * (kept + new))
 
     def _visible(self, new: int) -> int:
