@@ -129,19 +129,20 @@ void bind_denoise(py::module_& m) {
 }
 
 void bind_attention(py::module_& m) {
-  m.def("attention_workspace", [](const Attention& p) { return kernels.attention.workspace(p); });
+  // Asked first: what points outside the cache is found before anything is read or written.
+  m.def("attention_workspace", [](const Attention& p) {
+    if (const char* fault = cache_fault(p.cache, p.batch, p.queries, p.tokens, p.rotary))
+      throw py::value_error(std::string(fault) + " points outside the cache");
+    return kernels.attention.workspace(p);
+  });
   m.def("attention_forward", [](const Attention& p, Pointer workspace) {
     py::gil_scoped_release nogil;
     kernels.attention.forward(p, at<void>(workspace));
   });
-  m.def("kvcache_append", [](std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t> sizes, int dtype,
-                             const HeadsArgument& k, const HeadsArgument& v, const HeadsArgument& k_cache,
-                             const HeadsArgument& v_cache, const Cache& cache, const Rotary& rotary, int num_threads) {
-    const auto [batch, kv_heads, head_dim, value_dim, tokens, steps] = sizes;
-    if (const char* fault = cache_fault(cache, batch, cache.cu_seqlens ? tokens : steps, tokens, rotary))
+  def_kvcache_append<int>(m, [](Append p, int num_threads) {
+    if (const char* fault = cache_fault(p.cache, p.batch, p.cache.cu_seqlens ? p.tokens : p.steps, p.tokens, p.rotary))
       throw py::value_error(std::string(fault) + " points outside the cache");
-    const Append p{batch,    kv_heads, head_dim,       value_dim,      tokens, steps,  static_cast<DType>(dtype),
-                   heads(k), heads(v), heads(k_cache), heads(v_cache), cache,  rotary, num_threads};
+    p.num_threads = num_threads;
     py::gil_scoped_release nogil;
     kernels.kvcache.append(p);
   });

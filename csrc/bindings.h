@@ -109,6 +109,20 @@ void def_denoise_step(py::module_& m, Run run) {
   });
 }
 
+// As def_denoise_step.
+template <class Target, class Run>
+void def_kvcache_append(py::module_& m, Run run) {
+  m.def("kvcache_append",
+        [run](std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t> sizes, int dtype, const HeadsArgument& k,
+              const HeadsArgument& v, const HeadsArgument& k_cache, const HeadsArgument& v_cache, const Cache& cache,
+              const Rotary& rotary, const Target& target) {
+          const auto [batch, kv_heads, head_dim, value_dim, tokens, steps] = sizes;
+          run(Append{batch, kv_heads, head_dim, value_dim, tokens, steps, static_cast<DType>(dtype), heads(k), heads(v),
+                     heads(k_cache), heads(v_cache), cache, rotary, 0},
+              target);
+        });
+}
+
 // Descriptions with many parts are objects; a module's own, so that the block emulator can be loaded beside onepass._C.
 inline void bind_attention_call(py::module_& m) {
   py::class_<Cache>(m, "Cache", py::module_local())
@@ -138,8 +152,6 @@ inline void bind_attention_call(py::module_& m) {
                        std::tuple<int64_t, int64_t, int64_t, int64_t> mask_steps, Pointer tree, int num_threads) {
         const auto [batch, n_heads, kv_heads, head_dim, value_dim, queries, tokens] = sizes;
         const auto [mask_batch, mask_head, mask_row, mask_key] = mask_steps;
-        if (const char* fault = cache_fault(cache, batch, queries, tokens, rotary))
-          throw py::value_error(std::string(fault) + " points outside the cache");
         return Attention{batch,
                          n_heads,
                          kv_heads,

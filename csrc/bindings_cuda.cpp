@@ -60,6 +60,14 @@ void bind_volrend(py::module_& m) {
   });
 }
 
+void bind_attention(py::module_& m) {
+  m.def("attention_workspace", cuda::attention_workspace);
+  m.def("attention_forward", [](const Attention& p, Pointer workspace, const Place& place) {
+    cuda::attention_forward(p, at<void>(workspace), on(place));
+  });
+  def_kvcache_append<Place>(m, [](const Append& p, const Place& place) { cuda::kvcache_append(p, on(place)); });
+}
+
 }  // namespace
 
 void bind_cuda(py::module_ m) {
@@ -67,6 +75,7 @@ void bind_cuda(py::module_ m) {
   bind_reparam(m);
   bind_denoise(m);
   bind_volrend(m);
+  bind_attention(m);
 }
 
 }  // namespace onepass::bindings

@@ -11,6 +11,7 @@ from . import _native
 
 # What an argument of a core op is where it is no tensor: told apart by type, which is quicker than isinstance.
 SCALARS = frozenset((int, float, bool, type(None), str, list, torch.dtype, torch.device))
+_CUDA_HEAD_DIM = 256         # MOST_CHANNELS in csrc/cuda/attention.cuh
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -106,16 +107,44 @@ def _composite(native: Callable[..., str | None], *args: Any) -> str | None:
 
 
 def kvcache_cpu(*args: Any) -> str | None:
-    """As floats_cpu, of the append and of the attention: the caches are the tensors of rank 4 in place 0 to 2."""
-    for name, cache in zip(("q or k_cache", "k_cache or v_cache", "k or v_cache"), args[:3], strict=True):
+    """As floats_cpu, of the append and of the attention."""
+    return _cache_strides(*args[:3]) or floats_cpu(*args)
+
+
+def _cache_strides(*caches: Tensor) -> str | None:
+    """The caches are the tensors of rank 4 in place 0 to 2."""
+    for name, cache in zip(("q or k_cache", "k_cache or v_cache", "k or v_cache"), caches, strict=True):
         if cache.numel() and cache.stride(-1) != 1 and cache.shape[-1] != 1:
             return f"{name} has stride {cache.stride(-1)} in the head dim, the kernel takes 1"
-    return floats_cpu(*args)
+    return None
+
+
+def attention_cuda(*args: Any) -> str | None:
+    return _head_dims(*args[:3]) or floats_cuda(*args)
+
+
+def kvcache_cuda(*args: Any) -> str | None:
+    return _cache_strides(*args[:3]) or _head_dims(*args[:3]) or floats_cuda(*args)
+
+
+def varlen_cuda(*args: Any) -> str | None:
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return "a gradient is needed, and only the reference has one on a device"
+    return _page_strides(*args[1:3]) or _head_dims(*args[:3]) or floats_cuda(*args)
+
+
+def _head_dims(*tensors: Tensor) -> str | None:
+    widest = max(x.shape[-1] for x in tensors)
+    return f"a head dim is {widest}, the kernel takes up to {_CUDA_HEAD_DIM}" if widest > _CUDA_HEAD_DIM else None
 
 
 def varlen_cpu(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> str | None:
     """As floats_cpu; pages are read where they are, so their head dim has unit stride."""
+    return _page_strides(k, v) or floats_cpu(q, k, v, *args)
+
+
+def _page_strides(k: Tensor, v: Tensor) -> str | None:
     for name, pages in (("k", k), ("v", v)):
         if pages.dim() == 4 and pages.numel() and pages.stride(-1) != 1 and pages.shape[-1] != 1:
             return f"{name} has stride {pages.stride(-1)} in the head dim, the kernel takes pages with 1"
-    return floats_cpu(q, k, v, *args)
+    return None

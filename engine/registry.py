@@ -58,6 +58,9 @@ _HALF_AND_SINGLE = "float32, bfloat16, float16"
 _ANY_STRIDES = f"{_HALF_AND_SINGLE}; any strides"
 _STEPS = f"{_HALF_AND_SINGLE}; model_output as sample, or any of them with a float32 sample; any strides"
 _BUILT = "needs the CUDA build"
+_BUILT_CLOSED_FORM = f"{_CLOSED_FORM}; {_BUILT}"
+_ON_CUDA = f"head dims up to 256; {_BUILT}"
+_CUDA_CACHES = f"{_CACHES}; {_ON_CUDA}"
 
 _RAY_TYPES = f"{_HALF_AND_SINGLE}; views of rays"
 _RAYS = (
@@ -115,6 +118,7 @@ _TABLE = [
         "*, str? backend=None) -> (Tensor out, Tensor lse)",
         "attention",
         {
+            "cuda": Impl("onepass._native.attention:forward", supports.attention_cuda, f"{_ANY_STRIDES}; {_ON_CUDA}"),
             "cpu": Impl("onepass._native.attention:forward", supports.floats_cpu, _ANY_STRIDES),
             "reference": _reference("attention:attention_forward"),
         },
@@ -126,6 +130,7 @@ _TABLE = [
         "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
         "the gradient of attention",
         {
+            "cuda": Impl("onepass.reference.attention:attention_backward", supports.floats_cuda, _BUILT_CLOSED_FORM),
             "cpu": Impl("onepass.reference.attention:attention_backward", supports.floats_cpu, _CLOSED_FORM),
             "reference": _reference("attention:attention_backward"),
         },
@@ -136,6 +141,9 @@ _TABLE = [
         "*, str? backend=None) -> (Tensor out, Tensor lse)",
         "attention_varlen",
         {
+            "cuda": Impl(
+                "onepass._native.attention_varlen:forward", supports.varlen_cuda, f"{_PAGES}; no gradient; {_ON_CUDA}"
+            ),
             "cpu": Impl("onepass._native.attention_varlen:forward", supports.varlen_cpu, _PAGES),
             "reference": _reference("attention_varlen:attention_varlen_forward"),
         },
@@ -161,6 +169,7 @@ _TABLE = [
         "Tensor? rotary_sin, bool rotary_interleaved, *, str? backend=None) -> ()",
         "attention_with_kvcache, the append",
         {
+            "cuda": Impl("onepass._native.attention:kvcache_append", supports.kvcache_cuda, _CUDA_CACHES),
             "cpu": Impl("onepass._native.attention:kvcache_append", supports.kvcache_cpu, _CACHES),
             "reference": _reference("kvcache:kvcache_append"),
         },
@@ -174,6 +183,7 @@ _TABLE = [
         "Tensor? sinks, Tensor? tree_mask, *, str? backend=None) -> (Tensor out, Tensor lse)",
         "attention_with_kvcache",
         {
+            "cuda": Impl("onepass._native.attention:kvcache_attention", supports.kvcache_cuda, _CUDA_CACHES),
             "cpu": Impl("onepass._native.attention:kvcache_attention", supports.kvcache_cpu, _CACHES),
             "reference": _reference("kvcache:kvcache_attention"),
         },
@@ -184,6 +194,7 @@ _TABLE = [
         "(Tensor outs, Tensor lses, Tensor? sinks, *, str? backend=None) -> (Tensor out, Tensor lse)",
         "merge_attention",
         {
+            "cuda": Impl("onepass.reference.attention:merge_attention", supports.floats_cuda, _BUILT_CLOSED_FORM),
             "cpu": Impl("onepass.reference.attention:merge_attention", supports.floats_cpu, _CLOSED_FORM),
             "reference": _reference("attention:merge_attention"),
         },
@@ -194,6 +205,9 @@ _TABLE = [
         "*, str? backend=None) -> (Tensor douts, Tensor dlses, Tensor dsinks)",
         "the gradient of merge_attention",
         {
+            "cuda": Impl(
+                "onepass.reference.attention:merge_attention_backward", supports.floats_cuda, _BUILT_CLOSED_FORM
+            ),
             "cpu": Impl("onepass.reference.attention:merge_attention_backward", supports.floats_cpu, _CLOSED_FORM),
             "reference": _reference("attention:merge_attention_backward"),
         },

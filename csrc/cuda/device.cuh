@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "onepass/dtype.h"
 #include "onepass/rows.h"
 
 namespace onepass::cuda {
@@ -84,7 +85,7 @@ __device__ __forceinline__ uint4 packed(const float* x, const T* type) {
   return make_uint4(pair(x[0], x[1], type), pair(x[2], x[3], type), pair(x[4], x[5], type), pair(x[6], x[7], type));
 }
 
-__device__ __forceinline__ bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+ONEPASS_EVERYWHERE inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // Elements i .. i + N - 1 of p, N a multiple of PACK; zeros for those outside [0, count).
 template <int N, class T>

@@ -1,4 +1,4 @@
-"""Attention and its cache on the CPU."""
+"""Attention and its cache on the CPU and on CUDA devices."""
 from __future__ import annotations
 
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C, DTYPES, pointer
+from . import _C, DTYPES, kernels, on_device, pointer
 
 _NO_HEADS = (0, 0, 0, 0)
 _NO_ROTARY = (0, 0, 0, 0, True)
@@ -61,6 +61,7 @@ def _run(
     kind, mask, steps = _mask(mask, (batch, heads, queries, keys))
     slopes, sinks, tree = _floats(alibi_slopes), _floats(sinks), None if tree is None else tree.contiguous()
     if lse.numel():
+        native, place = kernels(q)
         call = _C.Attention(
             (batch, heads, k.shape[-2], dim, value_dim, queries, q.shape[0]), DTYPES[q.dtype], _heads(q), _heads(k),
             _heads(v), _heads(result), lse.data_ptr(),
@@ -70,10 +71,10 @@ def _run(
             ),
             rotary, ordered, window_left, 0 if causal else window_right,
             softcap, scale, pointer(slopes), 0 if slopes is None or slopes.dim() == 1 else heads, pointer(sinks), kind,
-            pointer(mask), steps, pointer(tree), torch.get_num_threads(),
+            pointer(mask), steps, pointer(tree), 0 if on_device(q) else place,
         )
-        workspace = q.new_empty(_C.attention_workspace(call), dtype=torch.uint8)
-        _C.attention_forward(call, workspace.data_ptr())
+        workspace = q.new_empty(native.attention_workspace(call), dtype=torch.uint8)
+        native.attention_forward(call, workspace.data_ptr(), *((place,) if on_device(q) else ()))
     return (result if direct or given is None else given.copy_(result)), lse
 
 
@@ -104,10 +105,11 @@ def kvcache_append(
         pointer(seqlens), 0, -1 if ragged else steps, k_cache.shape[1], k_cache.shape[0], pointer(table),
         0 if table is None else table.shape[1], pointer(batch_idx), 0, pointer(cu),
     )
-    _C.kvcache_append(
+    native, place = kernels(k)
+    native.kvcache_append(
         (cache_seqlens.shape[0], k.shape[-2], k.shape[-1], v.shape[-1], k.shape[0], steps), DTYPES[k.dtype], _heads(k),
         _heads(v), _heads(k_cache), _heads(v_cache), cache, _rotary(cos, sin, rotary_interleaved),
-        torch.get_num_threads(),
+        place,
     )
 
 

@@ -1,5 +1,6 @@
 // out = softmax(q k^T) v over plain keys or a cache, contiguous or paged; and the append to a cache.
 #pragma once
+#include "onepass/cuda.h"
 #include "onepass/dtype.h"
 #include "onepass/isa.h"
 
@@ -79,6 +80,14 @@ struct KvcacheKernels {
 
 ONEPASS_KERNELS(AttentionKernels, attention)
 ONEPASS_KERNELS(KvcacheKernels, kvcache)
+
+// On a device lengths, pages and offsets are not read by the host: what points outside the cache is not read or written
+// by the kernels, and the workspace is sized by the capacity.
+namespace cuda {
+int64_t attention_workspace(const Attention&);
+void attention_forward(const Attention&, void* workspace, const Stream&);
+void kvcache_append(const Append&, const Stream&);
+}  // namespace cuda
 
 // What points outside the cache, or null. `queries` is the longest row, `tokens` the rows of q when ragged.
 const char* cache_fault(const Cache&, int64_t batch, int64_t queries, int64_t tokens, const Rotary&);

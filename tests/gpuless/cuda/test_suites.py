@@ -15,7 +15,7 @@ pytestmark = [
 ]
 PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--capture=sys"]       # sanitizers write to file 2
 SUITES = ("test_denoise.py", "test_reparam.py", "test_volrend.py")
-CASES = ("test_cuda_denoise.py", "test_cuda_reparam.py", "test_cuda_volrend.py")
+CASES = ("test_cuda_denoise.py", "test_cuda_reparam.py", "test_cuda_volrend.py", "test_cuda_attention.py")
 
 
 @pytest.mark.parametrize("order", [
