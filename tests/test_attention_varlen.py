@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -263,6 +264,11 @@ def test_traces():
     torch.testing.assert_close(
         graph(*plain, *lengths[:2])(*plain, *lengths[:2]), onepass.attention_varlen(*plain, *lengths)
     )
+    stacked = [torch.stack([x, x + 1]) for x in plain]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # functorch says that it loops
+        mapped = torch.func.vmap(lambda *x: onepass.attention_varlen(*x, *lengths))(*stacked)
+    torch.testing.assert_close(mapped[1], onepass.attention_varlen(*(x[1] for x in stacked), *lengths))
     with torch._subclasses.FakeTensorMode():
         index = torch.empty(3, dtype=torch.int32)
         out, lse = onepass.attention_varlen(

@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers", minversion="5", reason="the e
 from test_integrations_transformers import SIZES, decoder, one_thread, prompts  # noqa: E402, F401
 
 from onepass.integrations.transformers import OnePassCache, accelerate, restore  # noqa: E402
+from onepass.integrations.transformers import cache as cache_module  # noqa: E402
 
 MIXED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
 
@@ -133,6 +134,24 @@ def test_every_way_to_generate_gives_the_same_tokens(name, how):
         inputs = {"input_ids": ids, "attention_mask": padding, "max_new_tokens": 14, "do_sample": False, **how}
         truth = model.generate(**inputs)
         assert torch.equal(model.generate(**inputs, past_key_values=OnePassCache(config=model.config)), truth)
+    finally:
+        restore(model)
+
+
+@pytest.mark.parametrize("max_length", [None, 64])
+def test_what_no_token_filled_is_never_read(monkeypatch, max_length):
+    poisoned = lambda like, rows, room: cache_module.original(like, rows, room).fill_(torch.nan)
+    monkeypatch.setattr(cache_module, "original", cache_module._buffer, raising=False)
+    monkeypatch.setattr(cache_module, "_buffer", poisoned)
+    model = decoder("Gemma3")
+    ids, padding = prompts()
+    accelerate(model)
+    try:
+        inputs = {"input_ids": ids, "attention_mask": padding, "max_new_tokens": 30, "do_sample": False, "num_beams": 2}
+        cache = OnePassCache(config=model.config, max_length=max_length)
+        assert torch.equal(model.generate(**inputs, past_key_values=cache), model.generate(**inputs))
+        full = cache.layers[1]
+        assert full.keys[:, :, full.held :].isnan().all() and full.held < full.keys.shape[2]
     finally:
         restore(model)
 
