@@ -119,6 +119,7 @@ _TABLE = [
         "attention",
         {
             "cuda": Impl("onepass._native.attention:forward", supports.attention_cuda, f"{_ANY_STRIDES}; {_ON_CUDA}"),
+            "triton": Impl("onepass.kernels.attention:forward", triton.attention, f"{_ANY_STRIDES}; head dims to 256"),
             "cpu": Impl("onepass._native.attention:forward", supports.floats_cpu, _ANY_STRIDES),
             "reference": _reference("attention:attention_forward"),
         },
@@ -131,6 +132,7 @@ _TABLE = [
         "the gradient of attention",
         {
             "cuda": Impl("onepass.reference.attention:attention_backward", supports.floats_cuda, _BUILT_CLOSED_FORM),
+            "triton": Impl("onepass.reference.attention:attention_backward", triton.floats, _CLOSED_FORM),
             "cpu": Impl("onepass.reference.attention:attention_backward", supports.floats_cpu, _CLOSED_FORM),
             "reference": _reference("attention:attention_backward"),
         },
@@ -170,6 +172,7 @@ _TABLE = [
         "attention_with_kvcache, the append",
         {
             "cuda": Impl("onepass._native.attention:kvcache_append", supports.kvcache_cuda, _CUDA_CACHES),
+            "triton": Impl("onepass.kernels.attention:kvcache_append", triton.kvcache, f"{_CACHES}; head dims to 256"),
             "cpu": Impl("onepass._native.attention:kvcache_append", supports.kvcache_cpu, _CACHES),
             "reference": _reference("kvcache:kvcache_append"),
         },
@@ -184,6 +187,9 @@ _TABLE = [
         "attention_with_kvcache",
         {
             "cuda": Impl("onepass._native.attention:kvcache_attention", supports.kvcache_cuda, _CUDA_CACHES),
+            "triton": Impl(
+                "onepass.kernels.attention:kvcache_attention", triton.kvcache, f"{_CACHES}; head dims to 256"
+            ),
             "cpu": Impl("onepass._native.attention:kvcache_attention", supports.kvcache_cpu, _CACHES),
             "reference": _reference("kvcache:kvcache_attention"),
         },
@@ -195,6 +201,7 @@ _TABLE = [
         "merge_attention",
         {
             "cuda": Impl("onepass.reference.attention:merge_attention", supports.floats_cuda, _BUILT_CLOSED_FORM),
+            "triton": Impl("onepass.reference.attention:merge_attention", triton.floats, _CLOSED_FORM),
             "cpu": Impl("onepass.reference.attention:merge_attention", supports.floats_cpu, _CLOSED_FORM),
             "reference": _reference("attention:merge_attention"),
         },
@@ -208,6 +215,7 @@ _TABLE = [
             "cuda": Impl(
                 "onepass.reference.attention:merge_attention_backward", supports.floats_cuda, _BUILT_CLOSED_FORM
             ),
+            "triton": Impl("onepass.reference.attention:merge_attention_backward", triton.floats, _CLOSED_FORM),
             "cpu": Impl("onepass.reference.attention:merge_attention_backward", supports.floats_cpu, _CLOSED_FORM),
             "reference": _reference("attention:merge_attention_backward"),
         },
@@ -232,6 +240,7 @@ _TABLE = [
         "composite",
         {
             "cuda": Impl("onepass._native.volrend:forward", supports.composite_cuda, f"{_RAY_TYPES}; {_BUILT}"),
+            "triton": Impl("onepass.kernels.volrend:forward", triton.composite, _RAY_TYPES),
             "cpu": Impl("onepass._native.volrend:forward", supports.composite_cpu, _RAY_TYPES),
             "reference": _reference("volrend:composite"),
         },
@@ -245,6 +254,7 @@ _TABLE = [
         "the gradient of composite",
         {
             "cuda": Impl("onepass._native.volrend:backward", supports.composite_cuda, f"{_RAY_TYPES}; {_BUILT}"),
+            "triton": Impl("onepass.kernels.volrend:backward", triton.composite, _RAY_TYPES),
             "cpu": Impl("onepass._native.volrend:backward", supports.composite_cpu, _RAY_TYPES),
             "reference": _reference("volrend:composite_backward"),
         },

@@ -22,7 +22,8 @@ OPTIONS = ("none", "causal", "window", "softcap", "alibi", "sinks", "bool", "add
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return x.to(torch.get_default_device(), dtype)
 
 
 def inputs(case: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:

@@ -19,7 +19,8 @@ ROTARY = tuple(f(torch.arange(2048)[:, None] * torch.tensor([1.0, 0.2, 0.05])) f
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return x.to(torch.get_default_device(), dtype)
 
 
 class Rows:
@@ -54,8 +55,9 @@ class Rows:
         if leftpad:
             kwargs["cache_leftpad"] = torch.tensor(pads, dtype=torch.int32)
         blocks = -(-capacity // page) if page else 1
-        table = torch.randperm(batch * blocks + 3, generator=torch.Generator().manual_seed(1))[: batch * blocks]
-        table = table.reshape(batch, blocks).int()
+        shuffle = {"generator": torch.Generator().manual_seed(1), "device": "cpu"}
+        table = torch.randperm(batch * blocks + 3, **shuffle)[: batch * blocks].reshape(batch, blocks).int()
+        table = table.to(torch.get_default_device())
         index = torch.arange(batch).flip(0).int() + 2 if shuffled else torch.arange(batch).int()
         if page:
             kwargs["block_table"] = table.clone()

@@ -8,13 +8,13 @@ import torch
 import onepass
 from onepass.reference import volrend as reference
 
-from helpers import BACKENDS
+from helpers import ALL_BACKENDS, on_its_device  # noqa: F401
 from volrend_rays import DEPTHS, leaves, render, scene
 
 # ---- known answers ----
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_published_weights_and_gradients(backend):
     """nerfacc's own numbers: three rays of 1, 0 and 4 samples."""
     sigmas = torch.tensor([0.4, 0.8, 0.1, 0.8, 0.1], requires_grad=True)
@@ -30,7 +30,7 @@ def test_published_weights_and_gradients(backend):
     torch.testing.assert_close(grad, torch.tensor([0.6703, 0.1653, 0.1653, 0.1653, 0.1653]), atol=6e-5, rtol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_published_visibility(backend):
     """T = [1, 1, .7, .14, .028]: the last sample is left out at eps = 0.03, what lies at T >= eps is not."""
     alphas = torch.tensor([0.4, 0.3, 0.8, 0.8, 0.5])
@@ -51,7 +51,7 @@ def test_published_visibility(backend):
     assert weights.tolist() == [[0.5, 0.25, 0.125, 0.0]]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_published_sample_counts(backend):
     """fVDB: rays of 10, 4, 0 and 6 samples composite 3, 4, 0 and 3 of them at a threshold of 0.01."""
     sizes, sigma = torch.tensor([10, 4, 0, 6]), torch.tensor([20.0, 0.1, 0.0, 20.0])
@@ -153,7 +153,7 @@ def test_gradcheck(alphas, depth, packed):
     assert torch.autograd.gradcheck(reference_alone, inputs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_gradient_behind_and_at_full_opacity(backend):
     """alpha = 1: exact, where the usual division by 1 - alpha gives NaN. d/dalpha_2 = T_2 (c_2 - what lies behind)."""
     alphas = torch.tensor([[0.5, 1.0, 0.25, 1.0]], requires_grad=True)

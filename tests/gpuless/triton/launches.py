@@ -66,4 +66,54 @@ def denoise() -> None:
                          None, None)
 
 
-STEMS: dict[str, Callable[[], None]] = {"rng": rng, "reparam": reparam, "denoise": denoise}
+def volrend() -> None:
+    from onepass.kernels import volrend as kernels
+
+    def both(features: Tensor, edges: Tensor, offsets: Tensor | None, depth: str, extras: bool) -> None:
+        starts, ends = (edges, edges) if offsets is not None else (edges[:, :-1], edges[:, 1:])
+        sigmas = starts.new_empty(starts.shape)
+        rays = sigmas.shape[0] if offsets is None else offsets.shape[0] - 1
+        background = empty(features.shape[-1]) if extras else None
+        call = (sigmas, features, starts, ends, None, offsets, background, None, 1e-4, depth)
+        kernels.forward(*call, extras, extras)
+        per_ray = empty(rays)
+        grads = (empty(rays, features.shape[-1]), per_ray, per_ray, sigmas if extras else None,
+                 per_ray if extras else None)
+        kernels.backward(*grads, *call, [True, True, extras, extras, False, extras, False])
+
+    offsets = empty(4097, dtype=torch.int64)
+    both(empty(4096, 128, 3), empty(4096, 129), None, "expected", False)
+    both(empty(1 << 18, 3, dtype=torch.bfloat16), empty(1 << 18), offsets, "normalized", True)
+    both(empty(1 << 18, 32, dtype=torch.float16), empty(1 << 18), offsets, "median", True)
+
+
+def attention() -> None:
+    from onepass.kernels import attention as kernels
+
+    i32 = lambda *shape: empty(*shape, dtype=torch.int32)
+    half = lambda *shape, dtype=torch.bfloat16: empty(*shape, dtype=dtype)
+
+    def decode(q: Tensor, cache: Tensor, table: Tensor | None, rotary: Tensor | None, **options: object) -> None:
+        new = cache.new_empty(q.shape[0], q.shape[1], *cache.shape[2:])
+        place = (table, None, None, None, q.shape[1], rotary, rotary, False)
+        kernels.kvcache_append(cache, cache, new, new, i32(q.shape[0]), *place)
+        scores = {"causal": True, "window_left": -1, "window_right": -1, "softcap": 0.0, "scale": 0.1, **options}
+        kernels.kvcache_attention(q, cache, cache, i32(q.shape[0]), q.shape[1], *place, **scores)
+
+    decode(half(8, 1, 32, 128), half(2048, 16, 8, 128), i32(8, 256), empty(4096, 64))
+    decode(half(8, 1, 16, 64, dtype=torch.float16), half(8, 4096, 16, 64, dtype=torch.float16), None, None,
+           window_left=1023, softcap=30.0, alibi_slopes=empty(16), sinks=empty(16))
+    decode(half(8, 8, 32, 128), half(8, 8192, 8, 128), None, None, causal=False,
+           tree_mask=torch.empty(8, 8, 8, dtype=torch.bool, device=META))
+    scores = (-1, -1, 0.0, 0.1, None, None, None)
+    x = half(2, 1024, 16, 128)
+    kernels.forward(x, x[:, :, :4], x[:, :, :4], True, *scores)
+    x = empty(2, 1024, 8, 64)
+    kernels.forward(x, x, x, True, *scores)
+    x = half(2, 1024, 8, 256)
+    kernels.forward(x, x, x, False, *scores)
+    kernels.forward(x, x, x, False, -1, -1, 0.0, 0.1, None, None, empty(1024, 1024))
+
+
+STEMS: dict[str, Callable[[], None]] = {"rng": rng, "reparam": reparam, "denoise": denoise, "volrend": volrend,
+                                         "attention": attention}
