@@ -85,20 +85,9 @@ def composite(*args: Any) -> str | None:
     return next((why for dtype in floats if (why := cpu_dtype(dtype))), None)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> str | None:
-    return floats(q, k, v, *args) or _head_dims(q, v)
-
-
 def kvcache(*args: Any) -> str | None:
-    """Of the append and of the attention: what the CPU asks of the caches, and head dims that fit a tile."""
-    if why := floats(*args):
-        return why
+    """Of the append and of the attention: what the CPU asks of the caches."""
     for name, cache in zip(("q or k_cache", "k_cache or v_cache", "k or v_cache"), args[:3], strict=True):
         if cache.numel() and cache.stride(-1) != 1 and cache.shape[-1] != 1:
             return f"{name} has stride {cache.stride(-1)} in the head dim, the kernel takes 1"
-    return _head_dims(*args[:3])
-
-
-def _head_dims(*tensors: Tensor) -> str | None:
-    widest = max(x.shape[-1] for x in tensors)
-    return f"a head dim is {widest}, the kernel takes up to 256" if widest > 256 else None
+    return floats(*args)

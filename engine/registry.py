@@ -119,7 +119,7 @@ _TABLE = [
         "attention",
         {
             "cuda": Impl("onepass._native.attention:forward", supports.attention_cuda, f"{_ANY_STRIDES}; {_ON_CUDA}"),
-            "triton": Impl("onepass.kernels.attention:forward", triton.attention, f"{_ANY_STRIDES}; head dims to 256"),
+            "triton": Impl("onepass.kernels.attention:forward", triton.floats, _ANY_STRIDES),
             "cpu": Impl("onepass._native.attention:forward", supports.floats_cpu, _ANY_STRIDES),
             "reference": _reference("attention:attention_forward"),
         },
@@ -172,7 +172,7 @@ _TABLE = [
         "attention_with_kvcache, the append",
         {
             "cuda": Impl("onepass._native.attention:kvcache_append", supports.kvcache_cuda, _CUDA_CACHES),
-            "triton": Impl("onepass.kernels.attention:kvcache_append", triton.kvcache, f"{_CACHES}; head dims to 256"),
+            "triton": Impl("onepass.kernels.attention:kvcache_append", triton.kvcache, _CACHES),
             "cpu": Impl("onepass._native.attention:kvcache_append", supports.kvcache_cpu, _CACHES),
             "reference": _reference("kvcache:kvcache_append"),
         },
@@ -187,9 +187,7 @@ _TABLE = [
         "attention_with_kvcache",
         {
             "cuda": Impl("onepass._native.attention:kvcache_attention", supports.kvcache_cuda, _CUDA_CACHES),
-            "triton": Impl(
-                "onepass.kernels.attention:kvcache_attention", triton.kvcache, f"{_CACHES}; head dims to 256"
-            ),
+            "triton": Impl("onepass.kernels.attention:kvcache_attention", triton.kvcache, _CACHES),
             "cpu": Impl("onepass._native.attention:kvcache_attention", supports.kvcache_cpu, _CACHES),
             "reference": _reference("kvcache:kvcache_attention"),
         },

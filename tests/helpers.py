@@ -40,6 +40,7 @@ _needs_cuda = pytest.mark.skipif(_native.cuda_error is not None, reason=str(_nat
 TRITON = pytest.param("triton", marks=() if INTERPRETED else _on_a_gpu)
 CUDA = [] if EMULATED else [pytest.param("cuda", marks=(*_on_a_gpu, _needs_cuda))]      # emulated: in BACKENDS
 ALL_BACKENDS = [*BACKENDS, *CUDA, TRITON]
+KERNELS = ALL_BACKENDS[1:]              # all but the reference
 
 
 def device_of(backend: str | None) -> str:

@@ -17,10 +17,9 @@ from onepass.plans.plan import Level
 import cases
 from helpers import (
     ALL_BACKENDS,
-    CPU,
     INTERPRETED,
     ISAS,
-    TRITON,
+    KERNELS,
     assert_as_good_as_torch,
     device_of,
     needs_native,
@@ -266,7 +265,7 @@ def test_masks_broadcast(shape, kind, backend):
     torch.testing.assert_close(got, weight * step + (1 - weight) * known)
 
 
-@pytest.mark.parametrize("backend", [CPU, TRITON])
+@pytest.mark.parametrize("backend", KERNELS)
 @settings(deadline=None, max_examples=15 if INTERPRETED else 40)
 @given(data=st.data())
 def test_views_and_strides(backend, data):

@@ -14,10 +14,9 @@ from onepass.reference import reparam as reference
 import cases
 from helpers import (
     ALL_BACKENDS,
-    CPU,
     INTERPRETED,
     ISAS,
-    TRITON,
+    KERNELS,
     assert_as_good_as_torch,
     device_of,
     needs_native,
@@ -103,7 +102,7 @@ def test_the_noise_is_the_keys_own_and_backward_replays_it(keys, shape, backend)
     torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("backend", [CPU, TRITON])
+@pytest.mark.parametrize("backend", KERNELS)
 @settings(deadline=None, max_examples=15 if INTERPRETED else 40)
 @given(data=st.data())
 def test_views_and_strides(backend, data):

@@ -12,7 +12,7 @@ import onepass
 from onepass import rng
 from onepass.reference import rng as reference
 
-from helpers import ALL_BACKENDS, CPU, INTERPRETED, ISAS, TRITON, device_of, needs_native, run_python
+from helpers import ALL_BACKENDS, INTERPRETED, ISAS, KERNELS, device_of, needs_native, run_python
 
 FUNCTIONS = {name: getattr(rng, name) for name in reference.DISTRIBUTIONS}
 
@@ -75,7 +75,7 @@ def test_draws_follow_their_formulas(name):
     torch.testing.assert_close(got.double(), expected, rtol=6e-7, atol=8e-7)
 
 
-@pytest.mark.parametrize("backend", [CPU, TRITON])
+@pytest.mark.parametrize("backend", KERNELS)
 @settings(deadline=None, max_examples=20 if INTERPRETED else 60)
 @given(
     name=st.sampled_from(sorted(FUNCTIONS)), shape=st.lists(st.integers(0, 70), min_size=0, max_size=3),

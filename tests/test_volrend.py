@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import onepass
 
 import cases
-from helpers import ALL_BACKENDS, CPU, INTERPRETED, ISAS, TRITON, assert_as_good_as_torch, on_its_device, run_python  # noqa: F401
+from helpers import ALL_BACKENDS, INTERPRETED, ISAS, KERNELS, assert_as_good_as_torch, on_its_device, run_python  # noqa: F401
 from volrend_rays import DEPTHS, leaves, ragged, render, results, scene
 
 NAN = math.nan
@@ -18,7 +18,7 @@ NAN = math.nan
 # ---- every backend against float64 ----
 
 
-@pytest.mark.parametrize("backend", [CPU, TRITON])
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("n_rays", "n_samples", "channels"), cases.RAYS)
@@ -53,7 +53,7 @@ def test_values_and_gradients(n_rays, n_samples, channels, packed, dtype, backen
             assert_as_good_as_torch(x, same[name], truth[name], f"{name} ({depth})")
 
 
-@pytest.mark.parametrize("backend", [CPU, TRITON])
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("channels", [1, 3, 4, 7, 70])
 def test_the_gradient_of_a_shared_background_is_the_sum_of_those_of_its_rays(channels, backend):
     n_rays = 6 if INTERPRETED else 50
@@ -173,7 +173,7 @@ def test_poison_behind_the_stop_reaches_nothing(backend, alphas, channels):
 # ---- layout, batches, threads ----
 
 
-@pytest.mark.parametrize("backend", [CPU, TRITON])
+@pytest.mark.parametrize("backend", KERNELS)
 @settings(deadline=None, max_examples=15 if INTERPRETED else 40)
 @given(data=st.data())
 def test_views(backend, data):
@@ -227,7 +227,7 @@ def test_a_ray_has_the_same_bits_alone_in_a_batch_packed_and_on_any_threads(back
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("backend", [CPU, TRITON])
+@pytest.mark.parametrize("backend", KERNELS)
 def test_gradients_do_not_depend_on_the_batch(backend):
     rays, prefix = scene(9, 50, 3, torch.float32), torch.rand(9)
     names = ("features", "depth", "opacity", "weights", "distortion")
@@ -280,7 +280,7 @@ def test_out(backend):
     assert all(torch.equal(a, b) for a, b in zip(out[:4], expected[:4], strict=True)) and got.distortion is None
 
 
-@pytest.mark.parametrize("backend", [CPU, TRITON])
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 @pytest.mark.parametrize("shape", [(300, 0), (0, 9), (37, 21)])
 def test_nothing_is_written_beyond_the_outputs(shape, dtype, backend):
