@@ -251,22 +251,35 @@ def gpu_check(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_gpu_check_without_a_gpu_says_so_in_one_line(tmp_path: Path) -> None:
-    done = gpu_check("--out", str(tmp_path / "out"))
+def test_gpu_check_without_a_gpu_says_so_for_every_part(tmp_path: Path) -> None:
+    done = gpu_check("--out", str(tmp_path), "--skip", "info")
     assert done.returncode == 2
-    assert done.stdout.count("\n") == 1
-    assert "sees no GPU" in done.stdout
-    assert not (tmp_path / "out").exists()
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
+    states = {step["name"]: step["status"] for step in found["steps"]}
+    assert states.pop("info") == "skipped"
+    assert states == dict.fromkeys(("build", "tests", "memcheck", "racecheck", "bench"), "no GPU")
+    assert "sees no GPU" in found["why"]
+    *table, summary = done.stdout.splitlines()
+    assert len(table) == 6 and summary.startswith("gpu-check: 0 of 5 parts passed on cuda (build no GPU, info skipped")
+    assert not (tmp_path / "site").exists()
 
 
 def test_gpu_check_rehearsed_on_the_cpu_goes_on_after_a_failure(tmp_path: Path) -> None:
     few = "rng --only normal_1m_fp32 --quick --no-plot --seconds 0.001"
-    skipped = ("--skip", "build", "--skip", "info", "--skip", "tests")
+    skipped = ("--skip", "build", "--skip", "tests")
     done = gpu_check("--device", "cpu", "--out", str(tmp_path), *skipped, "--bench-arguments", few)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu_check.json").read_text())
     assert found["rates"]["copy"] > 0
     assert found["rows"]
+    states = {step["name"]: step["status"] for step in found["steps"]}
+    assert states["bench"] == states["info"] == "passed" and states["memcheck"] == states["tests"] == "skipped"
+
+    done = gpu_check("--device", "cpu", "--out", str(tmp_path), *skipped, "--resume", "--bench-arguments", few)
+    again = json.loads((tmp_path / "gpu_check.json").read_text())
+    clean = found["commit"] and not found["commit"].endswith("-dirty")      # then what passed is kept
+    assert {s["name"]: s["status"] for s in again["steps"]}["bench"] == ("passed before" if clean else "passed")
+    assert done.returncode == 0 and again["rows"]
 
     done = gpu_check(
         "--device", "cpu", "--out", str(tmp_path), "--skip", "tests", "--minutes", "0.001", "--bench-arguments", few
