@@ -9,6 +9,7 @@
 
 #include "onepass/dtype.h"
 #include "onepass/rows.h"
+#include "ptx.cuh"
 
 namespace onepass::cuda {
 
@@ -92,7 +93,7 @@ template <int N, class T>
 __device__ __forceinline__ void load(const T* p, int64_t i, int64_t count, float (&x)[N]) {
   if (i >= 0 && i + N <= count && aligned16(p + i)) {
 #pragma unroll
-    for (int j = 0; j < N; j += PACK<T>) unpack(*reinterpret_cast<const uint4*>(p + i + j), x + j, p);
+    for (int j = 0; j < N; j += PACK<T>) unpack(load16(p + i + j), x + j, p);
     return;
   }
 #pragma unroll
@@ -104,7 +105,7 @@ template <int N, class T>
 __device__ __forceinline__ void store(T* p, int64_t i, int64_t count, const float (&x)[N]) {
   if (i >= 0 && i + N <= count && aligned16(p + i)) {
 #pragma unroll
-    for (int j = 0; j < N; j += PACK<T>) *reinterpret_cast<uint4*>(p + i + j) = packed(x + j, p);
+    for (int j = 0; j < N; j += PACK<T>) store16(p + i + j, packed(x + j, p));
     return;
   }
 #pragma unroll

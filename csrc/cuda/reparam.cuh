@@ -31,7 +31,7 @@ __device__ __forceinline__ void noise_of(const Reparam& p, const NoiseAt& at, co
 }
 
 template <class T, int THREADS>
-__global__ void __launch_bounds__(THREADS == WARP ? SHORT_BLOCK : BLOCK)
+__global__ void __launch_bounds__(THREADS == WARP ? SHORT_BLOCK : BLOCK, 2)
     sample(int64_t groups, Reparam p, T* z, float* kl, double* partial) {
   const int64_t index = group_index<THREADS>();
   if (index >= groups) return;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(BLOCK) add_partials(const double* partial, int
 }
 
 template <class T, int THREADS>
-__global__ void __launch_bounds__(THREADS == WARP ? SHORT_BLOCK : BLOCK)
+__global__ void __launch_bounds__(THREADS == WARP ? SHORT_BLOCK : BLOCK, 2)
     sample_backward(int64_t groups, Reparam p, RowsIn grad_z, const float* grad_kl, T* grad_mean, T* grad_logvar,
                     T* grad_noise) {
   const int64_t index = group_index<THREADS>();

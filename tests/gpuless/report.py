@@ -31,6 +31,16 @@ LIMITS: list[tuple[str, str, str, str, int, int | None]] = [
     ("forward_tiles|backward_tiles", ".*UNIT=[48].*", "sm_.*", "wide_store", 1, None),
     ("denoise_tiles", ".*", "sm_.*", "wide_load", 2, None),
     ("denoise_tiles", ".*", "sm_.*", "wide_store", 1, None),
+    # CUDA C++
+    ("fill", ".*", "sm_.*", "wide_store", 1, None),
+    ("fill", ".*", "sm_.*", "fma", 0, 12),      # square roots and an index: test_compiled.py looks at the rest
+    ("sample", ".*", "sm_.*", "wide_load", 3, None),
+    ("sample", ".*", "sm_.*", "wide_store", 1, None),
+    ("sample_backward", ".*", "sm_.*", "wide_load", 4, None),
+    ("sample_backward", ".*", "sm_.*", "wide_store", 3, None),
+    ("step", ".*", "sm_.*", "wide_load", 4, None),
+    ("step", ".*", "sm_.*", "wide_store", 2, None),
+    ("attend", ".*", "sm_.*", "async_load", 2, None),
 ]
 
 

@@ -1,0 +1,95 @@
+"""What nvcc makes of the CUDA kernels, for the kernel report: rows from the objects that `make build` left behind.
+
+    compiled.py FILE        with Triton importable, whose cuobjdump reads them
+"""
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT / "tests"))
+
+from gpuless import cubin  # noqa: E402
+
+TARGETS = ("sm_80", "sm_90a", "sm_100a", "sm_120")
+STEMS = ("attention", "denoise", "reparam", "rng", "volrend")
+TYPES = {"float": "fp32", "__nv_bfloat16": "bf16", "__half": "fp16"}
+BLOCK, SHORT_BLOCK = 256, 128           # csrc/cuda/device.cuh
+WHOLE_BLOCKS = ("add_partials", "add_background")
+MOST_SHARED = 99 * 1024                 # csrc/cuda/attention.cu
+
+
+def objects() -> dict[str, pathlib.Path]:
+    """The object of each stem in the newest build."""
+    found = {}
+    for stem in STEMS:
+        built = sorted(ROOT.glob(f"build/cmake-*/CMakeFiles/cuda_part.dir/csrc/cuda/{stem}.cu.o"),
+                       key=lambda path: path.stat().st_mtime)
+        if not built:
+            raise FileNotFoundError(f"csrc/cuda/{stem}.cu is not built: `make build` with nvcc and all architectures")
+        found[stem] = built[-1]
+    return found
+
+
+def nvcc_version() -> str:
+    text = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+    return "nvcc " + re.findall(r"release (\S+),", text)[0]
+
+
+def rows() -> list[dict[str, Any]]:
+    compiler = nvcc_version()
+    found = []
+    for stem, path in objects().items():
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([cubin.tool("cuobjdump"), "-xelf", "all", str(path)], cwd=folder, check=True,
+                           capture_output=True)
+            cubins = {re.findall(r"\.(sm_\w+)\.cubin$", p.name)[0]: p for p in pathlib.Path(folder).glob("*.cubin")}
+            if missing := set(TARGETS) - set(cubins):
+                raise FileNotFoundError(f"{path.name} holds no code for {', '.join(sorted(missing))}")
+            for target in TARGETS:
+                for mangled, kernel in cubin.read(cubins[target]).items():
+                    name, configuration, parameters = _named(mangled)
+                    threads = _threads(name, parameters)
+                    dynamic = _attend_shared(parameters) if name == "attend" else 0
+                    found.append({
+                        "stem": stem, "kernel": name, "configuration": configuration, "target": target,
+                        "compiler": compiler, "threads": threads, **kernel.record(), "dynamic_shared": dynamic,
+                        "occupancy": round(cubin.occupancy(target, kernel.registers, kernel.shared + dynamic, threads), 4),
+                    })
+    return found
+
+
+def _named(mangled: str) -> tuple[str, str, list[str]]:
+    """("fill", "fp32, 256", ["float", "256"]) of onepass::cuda::fill<float, 256>(...)."""
+    text = subprocess.run(["c++filt", mangled], check=True, capture_output=True, text=True).stdout
+    name, arguments = re.findall(r"onepass::cuda::(\w+)(?:<([^>]*)>)?\(", text)[0]
+    parameters = [part.strip() for part in arguments.split(",") if part.strip()]
+    return name, ", ".join(TYPES.get(part, part) for part in parameters), parameters
+
+
+def _threads(name: str, parameters: list[str]) -> int:
+    """Of a block: see launch_tiles for the kernels whose last parameter is the size of a group of threads."""
+    if name in WHOLE_BLOCKS or parameters[-1:] == [str(BLOCK)]:
+        return BLOCK
+    return SHORT_BLOCK
+
+
+def _attend_shared(parameters: list[str]) -> int:
+    """Dynamic shared memory of attend where keys have as many channels as the values that its blocks hold."""
+    size = 4 if parameters[0] == "float" else 2
+    width = 32 * int(parameters[1])
+    queries = 4 * 16 * width
+    stage = size * 32 * (width + 16 // size + width)
+    return queries + (2 if queries + 2 * stage <= MOST_SHARED else 1) * stage
+
+
+if __name__ == "__main__":
+    lines = ",\n".join(map(json.dumps, rows()))
+    pathlib.Path(sys.argv[1]).write_text(f"[\n{lines}\n]\n")
