@@ -58,10 +58,11 @@ def rows() -> list[dict[str, Any]]:
                     name, configuration, parameters = _named(mangled)
                     threads = _threads(name, parameters)
                     dynamic = _attend_shared(parameters) if name == "attend" else 0
+                    occupancy = cubin.occupancy(target, kernel.registers, kernel.shared + dynamic, threads)
                     found.append({
                         "stem": stem, "kernel": name, "configuration": configuration, "target": target,
                         "compiler": compiler, "threads": threads, **kernel.record(), "dynamic_shared": dynamic,
-                        "occupancy": round(cubin.occupancy(target, kernel.registers, kernel.shared + dynamic, threads), 4),
+                        "occupancy": round(occupancy, 4),
                     })
     return found
 

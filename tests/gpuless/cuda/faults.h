@@ -17,9 +17,6 @@ std::vector<int> call_warps(const std::vector<int>& in);
 // Threads by index modulo 3, the largest index; and all of them in `sum`.
 std::vector<int> count(unsigned blocks, unsigned threads, float& sum);
 
-// d = a b of 16 x 16 matrices by ldmatrix and mma; b as [n][k] unless transposed.
-void multiply(const uint16_t* a, const uint16_t* b, float* d, bool bf16, bool transposed);
-
 void narrow(const float* in, uint16_t* out, int64_t n, bool bf16);
 void widen(const uint16_t* in, float* out, int64_t n, bool bf16);
 

@@ -3,6 +3,7 @@
 
 #include "emulator.h"
 #include "faults.h"
+#include "fragments.h"
 
 namespace py = pybind11;
 
@@ -26,7 +27,7 @@ PYBIND11_MODULE(emulated_faults, m) {
     return py::make_tuple(counts, sum);
   });
   m.def("multiply", [](uintptr_t a, uintptr_t b, uintptr_t d, bool bf16, bool transposed) {
-    faults::multiply(at<const uint16_t>(a), at<const uint16_t>(b), at<float>(d), bf16, transposed);
+    return multiply_fragments(at<const uint16_t>(a), at<const uint16_t>(b), at<float>(d), bf16, transposed);
   });
   m.def("narrow", [](uintptr_t in, uintptr_t out, int64_t n, bool bf16) {
     faults::narrow(at<const float>(in), at<uint16_t>(out), n, bf16);

@@ -1,7 +1,11 @@
 """The block emulator itself: what it computes, and that it reports each planted fault (faults.cu)."""
 from __future__ import annotations
 
+import ctypes
+import itertools
 import json
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -133,11 +137,28 @@ def test_half_types_round_as_torch_does(faults, dtype):
     assert narrow.view(dtype)[~number].isnan().all()
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_tensor_cores(faults, dtype, transposed):
-    a, b = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(2)).to(dtype)
-    d = torch.full((16, 16), torch.nan)
-    faults.multiply(a.data_ptr(), b.data_ptr(), d.data_ptr(), dtype == torch.bfloat16, transposed)
-    expected = a.double() @ (b if transposed else b.T).double()
-    torch.testing.assert_close(d.double(), expected, rtol=1e-6, atol=1e-6)
+def products(multiply, device):
+    """Every layout and both types against a product in float64."""
+    for dtype, transposed in itertools.product((torch.bfloat16, torch.float16), (False, True)):
+        a, b = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(2)).to(device, dtype)
+        d = torch.full((16, 16), torch.nan, device=device)
+        assert multiply(a.data_ptr(), b.data_ptr(), d.data_ptr(), dtype == torch.bfloat16, transposed) == 0
+        expected = a.double() @ (b if transposed else b.T).double()
+        torch.testing.assert_close(d.double(), expected, rtol=1e-6, atol=4e-6)
+
+
+def test_tensor_cores(faults):
+    products(faults.multiply, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or shutil.which("nvcc") is None, reason="needs a GPU and nvcc")
+def test_fragments_on_a_device(tmp_path):
+    """The same source, compiled by nvcc: the device's fragments are where the emulator's table has them."""
+    library = tmp_path / "fragments.so"
+    command = ["nvcc", "-std=c++17", "-arch=native", "-shared", "-Xcompiler", "-fPIC",
+               f"-I{emulated.ROOT / 'csrc' / 'cuda'}", "-o", library, emulated.HERE / "fragments.cu"]
+    subprocess.run(command, check=True, capture_output=True)
+    multiply = ctypes.CDLL(str(library)).multiply_fragments
+    multiply.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_bool] * 2
+    products(multiply, "cuda")
