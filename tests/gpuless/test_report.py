@@ -15,8 +15,11 @@ ROW = {
 def test_limits_are_enforced():
     assert report.broken([ROW]) == []
     spilling, narrow = {**ROW, "spill_bytes": 8}, {**ROW, "wide_store": 0}
-    assert "spill_bytes is 8, the limit is 0 to" in report.broken([spilling])[0]
+    assert "spill_bytes is 8, the limit is 0 to 0" in report.broken([spilling])[0]
     assert "wide_store is 0, the limit is 2 to any" in report.broken([narrow])[0]
+    wide = {**spilling, "kernel": "attend", "configuration": "bf16 BD=256 BM=64", "target": "gfx942"}
+    assert report.broken([wide]) == []                                  # a later limit stands for an earlier one
+    assert report.broken([{**wide, "spill_bytes": 40}]) and report.broken([{**wide, "target": "sm_90"}])
 
 
 def test_differences_are_named():
