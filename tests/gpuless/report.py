@@ -42,6 +42,10 @@ LIMITS: list[tuple[str, str, str, str, int, int | None]] = [
     ("step", ".*", "sm_.*", "wide_load", 4, None),
     ("step", ".*", "sm_.*", "wide_store", 2, None),
     ("attend", ".*", "sm_.*", "async_load", 2, None),
+    # of both: Triton's tiles on tensor cores, and its float32, which has none and copies nothing ahead
+    ("attend", ".*PRECISION=tf32.*", "sm_.*", "matrix", 8, None),
+    ("attend", ".*PRECISION=ieee.*", "sm_.*", "async_load", 0, None),
+    ("attend", ".*PRECISION=ieee.*", "sm_.*", "wide_load", 8, None),
 ]
 
 
