@@ -71,6 +71,7 @@ struct Kernels {
   RngKernels rng;
   ReparamKernels reparam;
   AttentionKernels attention;
+  AttentionBackwardKernels attention_backward;
   KvcacheKernels kvcache;
   DenoiseKernels denoise;
   BandwidthKernels bandwidth;
@@ -78,9 +79,9 @@ struct Kernels {
 };
 
 Kernels load(Isa isa) {
-#define ONEPASS_LOAD(name)                                                  \
-  if (isa == Isa::name)                                                     \
-    return {isa,           name::rng,     name::reparam,   name::attention, \
+#define ONEPASS_LOAD(name)                                                                            \
+  if (isa == Isa::name)                                                                               \
+    return {isa,           name::rng,     name::reparam,   name::attention, name::attention_backward, \
             name::kvcache, name::denoise, name::bandwidth, name::composite};
   ONEPASS_FOR_EACH_ISA(ONEPASS_LOAD)
 #undef ONEPASS_LOAD
@@ -138,6 +139,16 @@ void bind_attention(py::module_& m) {
   m.def("attention_forward", [](const Attention& p, Pointer workspace) {
     py::gil_scoped_release nogil;
     kernels.attention.forward(p, at<void>(workspace));
+  });
+  m.def("attention_backward_workspace",
+        [](const Attention& forward) { return kernels.attention_backward.workspace(forward); });
+  m.def("attention_backward", [](const Attention& forward, const HeadsArgument& grad_out, Pointer grad_lse,
+                                 const HeadsArgument& dq, const HeadsArgument& dk, const HeadsArgument& dv, Pointer top,
+                                 Pointer excess, Pointer delta, Pointer workspace) {
+    const AttentionBackward p{forward,   heads(grad_out), at<const float>(grad_lse), heads(dq),       heads(dk),
+                              heads(dv), at<float>(top),  at<float>(excess),         at<float>(delta)};
+    py::gil_scoped_release nogil;
+    kernels.attention_backward.backward(p, at<void>(workspace));
   });
   def_kvcache_append<int>(m, [](Append p, int num_threads) {
     if (const char* fault = cache_fault(p.cache, p.batch, p.cache.cu_seqlens ? p.tokens : p.steps, p.tokens, p.rotary))

@@ -133,7 +133,7 @@ _TABLE = [
         {
             "cuda": Impl("onepass.reference.attention:attention_backward", supports.floats_cuda, _BUILT_CLOSED_FORM),
             "triton": Impl("onepass.reference.attention:attention_backward", triton.floats, _CLOSED_FORM),
-            "cpu": Impl("onepass.reference.attention:attention_backward", supports.floats_cpu, _CLOSED_FORM),
+            "cpu": Impl("onepass._native.attention:backward", supports.floats_cpu, f"{_HALF_AND_SINGLE}; any strides"),
             "reference": _reference("attention:attention_backward"),
         },
     ),
@@ -159,7 +159,7 @@ _TABLE = [
         "the gradient of attention_varlen",
         {
             "cpu": Impl(
-                "onepass._native.attention_varlen:backward", supports.floats_cpu, "attention_backward, row after row"
+                "onepass._native.attention_varlen:backward", supports.floats_cpu, f"{_HALF_AND_SINGLE}; any strides"
             ),
             "reference": _reference("attention_varlen:attention_varlen_backward"),
         },

@@ -80,5 +80,59 @@ static void fill_bias(const Attention& p, const Row& row, int64_t i, int64_t h, 
   }
 }
 
+// ---- lanes that are rows ----
+
+// What each of W rows may see of the tile, as [low, high) of lanes, and [from, to) the widest of them.
+struct Seen {
+  F32 low, high;
+  int from, to;
+  bool cut;
+};
+
+static inline Seen seen_by(const Unit& u, int64_t line, int64_t at, int count) {
+  const int64_t group = u.p.heads / u.p.kv_heads, rows = least(W, u.to - line);
+  int64_t query = line / group, next = (query + 1) * group;
+  const Span first = span(u.p, u.row, query, at, count), last = span(u.p, u.row, (line + rows - 1) / group, at, count);
+  Seen s{splat(0.0f), splat(static_cast<float>(count)), first.low, last.high, last.low > 0 || first.high < count};
+  if (!s.cut) return s;  // rows are in order: the first sees the fewest late keys, the last the fewest early ones
+  for (int i = 0; i < W; ++i) {
+    if (line + i == next) {
+      ++query;
+      next += group;
+    }
+    const Span one = i < rows ? span(u.p, u.row, query, at, count) : Span{0, 0};
+    s.low[i] = static_cast<float>(one.low);
+    s.high[i] = static_cast<float>(one.high);
+  }
+  return s;
+}
+
+// What the scores of W rows from `line` have beyond products; lanes beyond the last row repeat it.
+struct Terms {
+  F32 slope, place;
+  float bias[KEYS * W];  // [key][row]
+
+  Terms() {}  // of plain scores, which have nothing else
+  Terms(const Unit& u, int64_t line, int64_t at, int count) {
+    const int64_t group = u.p.heads / u.p.kv_heads;
+    for (int i = 0; i < W; ++i) {
+      const int64_t row = least(line + i, u.to - 1), h = u.head * group + row % group;
+      slope[i] = slope_of(u.p, u.row.b, h);
+      place[i] = static_cast<float>(u.row.place(row / group) - at);
+      fill_bias(u.p, u.row, row / group, h, at, count, bias + i, W);
+    }
+  }
+  F32 score_of(const Attention& p, F32 product, int j) const {
+    return score(p, product, slope, place - static_cast<float>(j), load(bias + j * W));
+  }
+  // score - shift, in one rounding of the product where no cap bends it.
+  F32 score_above(const Attention& p, F32 product, int j, F32 shift) const {
+    if (p.softcap > 0) return score_of(p, product, j) - shift;
+    const F32 distance = place - static_cast<float>(j), extra = load(bias + j * W);
+    const F32 rest = fma(-slope, max(distance, -distance), extra) - shift;
+    return extra == EMPTY ? extra : fma(product, splat(p.scale), rest);
+  }
+};
+
 }  // namespace
 }  // namespace onepass::ONEPASS_ISA

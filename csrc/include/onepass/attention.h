@@ -59,6 +59,16 @@ struct Attention {
   int num_threads;
 };
 
+// The gradient of a forward call whose out and lse are there. Contiguous keys: no pages, no batch_idx.
+struct AttentionBackward {
+  Attention forward;
+  Heads grad_out;
+  const float* grad_lse;  // as lse, may be null
+  Heads dq, dk, dv;       // dq is float32 and comes in as zeros; dk and dv as k and v
+  // As lse, written: the probability of a score is e^(score - top) / excess; delta = sum_d grad_out out - grad_lse.
+  float *top, *excess, *delta;
+};
+
 struct Append {
   int64_t batch, kv_heads, head_dim, value_dim, tokens, steps;  // steps: new keys of a row when not ragged
   DType dtype;
@@ -74,11 +84,17 @@ struct AttentionKernels {
   void (*forward)(const Attention&, void* workspace);
 };
 
+struct AttentionBackwardKernels {
+  int64_t (*workspace)(const Attention&);
+  void (*backward)(const AttentionBackward&, void* workspace);
+};
+
 struct KvcacheKernels {
   void (*append)(const Append&);
 };
 
 ONEPASS_KERNELS(AttentionKernels, attention)
+ONEPASS_KERNELS(AttentionBackwardKernels, attention_backward)
 ONEPASS_KERNELS(KvcacheKernels, kvcache)
 
 // On a device lengths, pages and offsets are not read by the host: what points outside the cache is not read or written

@@ -1,0 +1,146 @@
+// Matrix products of attention's tiles in register blocks. Included by csrc/cpu/attention_*.
+#pragma once
+#include "attention_words.h"
+#include "attention_work.h"
+
+namespace onepass::ONEPASS_ISA {
+namespace {
+
+// Registers: 24 sums and what they are made of with 32 of them, 12 with 16.
+inline constexpr int QUERY_VECTORS = 3, KEY_ROWS = W == 16 ? 8 : 4;
+inline constexpr int ROWS = 6, COLUMNS = W == 16 ? 4 : 2;
+
+// Asks for bytes [from, to) of what comes next, from each of `count` pointers.
+static inline void fetch(const char* const* next, int64_t count, int64_t from, int64_t to) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t at = from; at < to; at += 64) __builtin_prefetch(next[i] + at, 0, 2);
+}
+
+// scores[key][row] of KEY_ROWS keys and N vectors of rows: key[i] points to words, q is [word][row]. What comes next,
+// unless null, lies `skip` bytes behind its pointers and has `bytes` a word.
+template <bool DOT, int N>
+static void scores_block(const float* const* key, const float* q, int64_t q_step, int64_t words, float* scores,
+                         int64_t step, const char* const* next, int64_t skip, int64_t bytes) {
+  for (int64_t k = 0; k < words;) {
+    const bool first = k == 0;
+    const int64_t end = least(words, k + CHAIN<DOT>);
+    if (next) fetch(next, KEY_ROWS, skip + k * bytes, skip + end * bytes);
+    F32 acc[KEY_ROWS][N] = {};
+    for (; k < end; ++k) {
+      F32 row[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) row[n] = load(q + k * q_step + n * W);
+#pragma GCC unroll 8
+      for (int i = 0; i < KEY_ROWS; ++i)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) acc[i][n] = multiply_add<DOT>(key[i] + k, row[n], acc[i][n]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < KEY_ROWS; ++i)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        float* at = scores + i * step + n * W;
+        store(at, first ? acc[i][n] : load(at) + acc[i][n]);
+      }
+  }
+}
+
+// R rows of c [N vectors] = alpha c + p v over `depth` words: p is [word][row] or, ACROSS, [row][word]; v is
+// [word][channel]. alpha null: c is not read.
+template <bool DOT, bool ACROSS, int R, int N>
+static void values_block(const float* p, int64_t p_step, const float* v, int64_t v_step, int64_t depth,
+                         const float* alpha, float* c, int64_t c_step) {
+  constexpr int PARTS = WAYS<DOT, N>;
+  for (int64_t k = 0; k < depth;) {
+    const bool first = k == 0;
+    const int64_t end = least(depth, k + CHAIN<DOT> * PARTS);
+    F32 acc[R][N][PARTS] = {};
+    const auto add = [&](int64_t k, int part) {
+      F32 column[N];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) column[n] = load(v + k * v_step + n * W);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n)
+          acc[r][n][part] =
+              multiply_add<DOT>(ACROSS ? p + r * p_step + k : p + k * p_step + r, column[n], acc[r][n][part]);
+    };
+    for (; k + PARTS <= end; k += PARTS)
+#pragma GCC unroll 4
+      for (int part = 0; part < PARTS; ++part) add(k + part, part);
+    for (; k < end; ++k) add(k, 0);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) {
+        float* at = c + r * c_step + n * W;
+        const F32 sum = total(acc[r][n]);
+        if (!first)
+          store(at, load(at) + sum);
+        else
+          store(at, alpha ? fma(load(at), splat(alpha[r]), sum) : sum);
+      }
+  }
+}
+
+template <bool DOT, bool ACROSS, int N>
+static void values_block_of(int rows, const float* p, int64_t p_step, const float* v, int64_t v_step, int64_t depth,
+                            const float* alpha, float* c, int64_t c_step) {
+  switch (rows) {
+    case 6: return values_block<DOT, ACROSS, 6, N>(p, p_step, v, v_step, depth, alpha, c, c_step);
+    case 5: return values_block<DOT, ACROSS, 5, N>(p, p_step, v, v_step, depth, alpha, c, c_step);
+    case 4: return values_block<DOT, ACROSS, 4, N>(p, p_step, v, v_step, depth, alpha, c, c_step);
+    case 3: return values_block<DOT, ACROSS, 3, N>(p, p_step, v, v_step, depth, alpha, c, c_step);
+    case 2: return values_block<DOT, ACROSS, 2, N>(p, p_step, v, v_step, depth, alpha, c, c_step);
+    case 1: return values_block<DOT, ACROSS, 1, N>(p, p_step, v, v_step, depth, alpha, c, c_step);
+  }
+}
+
+// Up to ROWS rows of c [vectors] = alpha c + p v.
+template <bool DOT, bool ACROSS>
+static void values_product(int rows, const float* p, int64_t p_step, const float* v, int64_t v_step, int64_t depth,
+                           const float* alpha, float* c, int64_t c_step, int64_t vectors) {
+  int64_t d = 0;
+  for (; d + COLUMNS <= vectors; d += COLUMNS)
+    values_block_of<DOT, ACROSS, COLUMNS>(rows, p, p_step, v + d * W, v_step, depth, alpha, c + d * W, c_step);
+  for (; d < vectors; ++d)
+    values_block_of<DOT, ACROSS, 1>(rows, p, p_step, v + d * W, v_step, depth, alpha, c + d * W, c_step);
+}
+
+// scores[key][row] of `count` keys and the groups of W rows that `unseen(group, key)` lets pass.
+template <bool DOT, class Unseen>
+static void scores_product(const float* const* key, int count, const float* q, int64_t groups, int64_t words,
+                           float* scores, const char* const* next, int64_t skip, int64_t bytes, Unseen&& unseen) {
+  for (int j = 0; j < count; j += KEY_ROWS) {
+    const char* const* then = next ? next + j : nullptr;
+    for (int64_t g = 0; g < groups;) {
+      if (unseen(g, j)) {
+        ++g;
+        continue;
+      }
+      int64_t run = 1;
+      while (run < QUERY_VECTORS && g + run < groups && !unseen(g + run, j)) ++run;
+      const auto block = run == 3 ? scores_block<DOT, 3> : run == 2 ? scores_block<DOT, 2> : scores_block<DOT, 1>;
+      block(key + j, q + g * W, TALL, words, scores + j * TALL + g * W, TALL, then, skip, bytes);
+      then = nullptr;
+      g += run;
+    }
+  }
+}
+
+// q [row][word] as [word][row], W words of W rows at a time.
+static inline void turn(const float* q, int64_t q_step, int64_t rows, int64_t words, float* turned, int64_t step) {
+  for (int64_t r = 0; r < rows; r += W)
+    for (int64_t k = 0; k < words; k += W) {
+      F32 x[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) x[i] = r + i < rows ? load(q + (r + i) * q_step + k) : F32{};
+      transpose(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) store(turned + (k + i) * step + r, x[i]);
+    }
+}
+
+}  // namespace
+}  // namespace onepass::ONEPASS_ISA
