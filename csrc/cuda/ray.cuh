@@ -41,10 +41,10 @@ __device__ __forceinline__ float shift_down(float x, float last) {
   return lane_index() < WARP - 1 ? y : last;
 }
 
-__device__ __forceinline__ float scan_product(float x) {
+__device__ __forceinline__ double scan_product(double x) {
 #pragma unroll
   for (int by = 1; by < WARP; by *= 2) {
-    const float y = __shfl_up_sync(ALL_LANES, x, by);
+    const double y = __shfl_up_sync(ALL_LANES, x, by);
     if (lane_index() >= by) x *= y;
   }
   return x;
@@ -142,21 +142,24 @@ struct Totals {
 template <class Visit>
 __device__ __forceinline__ Totals walk(const Composite& p, const Ray& ray, bool spreads, Visit&& visit) {
   Totals t{ray.count, p.prefix_trans ? p.prefix_trans[ray.index] : 1.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+  double trans = t.trans;  // so that no product rounds: float32 would lose twice what PyTorch loses
   float front = 0, reach = 0, edge = 0;
   bool crossed = false;
   for (int64_t begin = 0; begin < ray.count; begin += WARP) {
     const int64_t i = begin + lane_index();
     Step s{sample_at(p, ray, i), i < ray.count, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
-    s.after = t.trans * scan_product(s.sample.keep);
-    s.before = shift_up(s.after, t.trans);
+    const double after = trans * scan_product(s.sample.keep), shifted = __shfl_up_sync(ALL_LANES, after, 1);
+    const double before = lane_index() ? shifted : trans;
+    s.after = static_cast<float>(after);
+    s.before = static_cast<float>(before);
     const uint32_t dead = __ballot_sync(ALL_LANES, s.lit && !(s.before >= p.early_stop_eps));
     if (dead) {
       const int stop = __ffs(static_cast<int>(dead)) - 1;
       t.live = begin + stop;
       s.lit = lane_index() < stop;
-      t.trans = __shfl_sync(ALL_LANES, s.before, stop);
+      trans = __shfl_sync(ALL_LANES, before, stop);
     } else {
-      t.trans = last_lane(s.after);
+      trans = __shfl_sync(ALL_LANES, after, WARP - 1);
     }
     if (!s.lit) s.sample = {0.0f, 1.0f, 0.0f, 0.0f, 0.0f};
     s.weight = s.lit ? s.before * s.sample.alpha : 0.0f;
@@ -184,6 +187,7 @@ __device__ __forceinline__ Totals walk(const Composite& p, const Ray& ray, bool 
     visit(i, s);
     if (dead) break;
   }
+  t.trans = static_cast<float>(trans);
   t.opacity = warp_sum(t.opacity);
   t.depth = warp_sum(t.depth);
   if (spreads) t.spread = warp_sum(t.spread);

@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(SHORT_BLOCK)
   const Totals t = walk(p, ray, spreads, [&](int64_t i, const Step& s) {
     if (!s.lit) return;
     scratch.weights[i] = s.weight;
-    scratch.trans[i] = s.before;
-    scratch.trans[i + 1] = s.after;
+    if (i == 0) scratch.trans[0] = s.before;
+    scratch.trans[i + 1] = s.after;  // the next lane's, after __syncwarp
     if (!spreads) return;
     scratch.in_front[i] = s.in_front;
     scratch.reach[i] = s.reach;
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(SHORT_BLOCK)
       rest = first_lane(from);
       edge = first_lane(s.mid);
     }
-    const float here = scan_affine_down(s.alpha * gain, 1.0f - s.alpha, ladder);
+    const float here = scan_affine_down(s.alpha * gain, s.keep, ladder);
     gain -= shift_down(here, ladder);
     ladder = first_lane(here);
     if (!lit) continue;
