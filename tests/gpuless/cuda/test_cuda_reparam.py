@@ -8,8 +8,7 @@ import onepass
 from onepass.reference.rng import DISTRIBUTIONS
 
 import cases
-from helpers import assert_as_good_as_torch
-from test_reparam import inputs, plain, plain_kl
+from test_reparam import assert_values_and_gradients, inputs, plain
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS)
@@ -31,21 +30,7 @@ def test_random_numbers_have_the_references_bits(name, dtype, device):
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 @pytest.mark.parametrize("shape", cases.SHAPES)
 def test_values_and_gradients(shape, dtype, device):
-    given = inputs(shape, dtype)
-    leaves = [x.to(device).requires_grad_() for x in given]
-    z, kl = onepass.reparameterize_kl(leaves[0], leaves[1], noise=leaves[2], backend="cuda")
-    grad_z, grad_kl = torch.randn(shape).to(dtype), torch.rand(shape[0])
-    torch.autograd.backward((z, kl), (grad_z.to(device), grad_kl.to(device)))
-    expected = []
-    for wide in (lambda x: x, torch.Tensor.double):
-        own = [wide(x.detach()).requires_grad_() for x in given]
-        outputs = plain(*own), plain_kl(*own[:2])
-        torch.autograd.backward(outputs, (wide(grad_z), wide(grad_kl).to(outputs[1].dtype)))
-        expected.append([outputs[0], outputs[1] if wide is torch.Tensor.double else outputs[1].float(),
-                         *(x.grad for x in own)])
-    got = [z, kl, *(x.grad for x in leaves)]
-    for name, a, b, c in zip(("z", "kl", "mean", "logvar", "noise"), got, *expected, strict=True):
-        assert_as_good_as_torch(a.detach().cpu(), b, c, name)
+    assert_values_and_gradients(shape, dtype, device, "cuda")
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS)
