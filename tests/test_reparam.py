@@ -84,9 +84,8 @@ def values_and_gradients(shape, dtype, device, backend, draw):
 
 def assert_values_and_gradients(shape, dtype, device, backend):
     """The rule compares the largest errors; of few numbers these are luck, so a small shape is drawn many times."""
-    draws = [
-        values_and_gradients(shape, dtype, device, backend, draw) for draw in range(40 if 0 < math.prod(shape) < 100 else 1)
-    ]
+    count = 40 if 0 < math.prod(shape) < 100 else 1
+    draws = [values_and_gradients(shape, dtype, device, backend, draw) for draw in range(count)]
     for i, name in enumerate(("z", "kl", "mean", "logvar", "noise")):
         got, same, truth = (torch.stack([draw[which][i] for draw in draws]) for which in range(3))
         assert_as_good_as_torch(got, same, truth, name)
