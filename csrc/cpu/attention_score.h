@@ -15,15 +15,8 @@ OP_INLINE F32 exp_negative(F32 x) {
 #else
   const F32 bounded = max(splat(-88.0f), x);
 #endif
-  const F32 k = round_even(bounded * 1.44269504f);
-  F32 r = fma(k, splat(-0.693359375f), bounded);
-  r = fma(k, splat(2.12194440e-4f), r);
-  F32 q = splat(1.3818296e-3f);
-  q = fma(q, r, splat(8.368532e-3f));
-  q = fma(q, r, splat(4.1668292e-2f));
-  q = fma(q, r, splat(0.16666523f));
-  q = fma(q, r, splat(0.49999994f));
-  const F32 y = fma(q, r * r, r) + 1.0f;
+  F32 k;
+  const F32 y = exp_tail(bounded, k) + 1.0f;
 #if defined(__AVX512F__)
   return _mm512_scalef_ps(y, k);
 #else

@@ -223,18 +223,24 @@ OP_INLINE void store_n(T* p, F32 x, int n) {
 
 // ---- functions ----
 
-// e^x within 1.5 ulp (no overflow trap: above 88.7 inf, below -87.3 zero, NaN stays NaN).
-OP_INLINE F32 exp(F32 x) {
-  const F32 bounded = x > 89.0f ? splat(89.0f) : (x < -104.0f ? splat(-104.0f) : x);
-  const F32 k = round_even(bounded * 1.44269504f);
-  F32 r = fma(k, splat(-0.693359375f), bounded);
+// x = k ln 2 + r with a whole k and |r| <= ln 2 / 2: e^r - 1.
+OP_INLINE F32 exp_tail(F32 x, F32& k) {
+  k = round_even(x * 1.44269504f);
+  F32 r = fma(k, splat(-0.693359375f), x);
   r = fma(k, splat(2.12194440e-4f), r);
   F32 q = splat(1.3818296e-3f);
   q = fma(q, r, splat(8.368532e-3f));
   q = fma(q, r, splat(4.1668292e-2f));
   q = fma(q, r, splat(0.16666523f));
   q = fma(q, r, splat(0.49999994f));
-  const F32 y = fma(q, r * r, r) + 1.0f;
+  return fma(q, r * r, r);
+}
+
+// e^x within 1.5 ulp (no overflow trap: above 88.7 inf, below -87.3 zero, NaN stays NaN).
+OP_INLINE F32 exp(F32 x) {
+  const F32 bounded = x > 89.0f ? splat(89.0f) : (x < -104.0f ? splat(-104.0f) : x);
+  F32 k;
+  const F32 y = exp_tail(bounded, k) + 1.0f;
   // 2^k in two factors, so that the largest and the denormal results round once.
   const I32 whole = truncate(x == x ? k : splat(0.0f)), half = whole >> 1;
   const F32 low = as_f32((half + 127) << 23), high = as_f32((whole - half + 127) << 23);
@@ -244,15 +250,8 @@ OP_INLINE F32 exp(F32 x) {
 // e^x - 1 with a small relative error near 0 too.
 OP_INLINE F32 expm1(F32 x) {
   const F32 bounded = x > 89.0f ? splat(89.0f) : (x < -30.0f ? splat(-30.0f) : x);
-  const F32 k = round_even(bounded * 1.44269504f);
-  F32 r = fma(k, splat(-0.693359375f), bounded);
-  r = fma(k, splat(2.12194440e-4f), r);
-  F32 q = splat(1.3818296e-3f);
-  q = fma(q, r, splat(8.368532e-3f));
-  q = fma(q, r, splat(4.1668292e-2f));
-  q = fma(q, r, splat(0.16666523f));
-  q = fma(q, r, splat(0.49999994f));
-  const F32 tail = fma(q, r * r, r);  // e^r - 1
+  F32 k;
+  const F32 tail = exp_tail(bounded, k);
   const I32 whole = truncate(x == x ? k : splat(0.0f)), half = whole >> 1;
   const F32 low = as_f32((half + 127) << 23), high = as_f32((whole - half + 127) << 23);
   return fma(tail * low, high, fma(low, high, splat(-1.0f)));
