@@ -22,17 +22,38 @@ _RAW = ["rows", "units", "tiles", "mean_step", "logvar_step", "noise_step", "gra
 
 
 @triton.jit
+def _tile(rows, units, tiles, UNIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """(tile, rows, the same kept below the last, elements of a row, which of them there are, a row's length)."""
+    length = units.to(tl.int64) * UNIT
+    tile = (tl.program_id(0) % tiles).to(tl.int64)
+    mine = (tl.program_id(0) // tiles).to(tl.int64) * R + tl.arange(0, R)
+    col = tile * (4 * C) + tl.arange(0, 4 * C)
+    return tile, mine, tl.minimum(mine, rows - 1), col, (col < length)[None, :], length
+
+
+@triton.jit
+def _load(X, step, row, col, inside, UNIT: tl.constexpr):
+    return tl.load(X + row[:, None] * step * UNIT + col[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _noise(
-    row, col, start, seed, Seeds, seeds_step, stream, Streams, streams_step, offset, Offsets, offsets_step,
-    WHOLE: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    Noise, noise_step, tile, row, col, inside, length,
+    seed, Seeds, seeds_step, stream, Streams, streams_step, offset, Offsets, offsets_step,
+    KEYED: tl.constexpr, WHOLE: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):
-    """float32 normals [R, 4 C] of elements start + col of each row's own random numbers."""
-    s, t, o = key_of(row, seed, Seeds, seeds_step, stream, Streams, streams_step, offset, Offsets, offsets_step)
-    s, t, o = s[:, None], t[:, None], o[:, None]
-    if WHOLE:
-        return draw(s, t, o + (start[:, None] // 4 + col), NORMAL).reshape(R, 4 * C)
+    """float32 normals [R, 4 C] of a tile: those given, else those of each row's own random numbers."""
+    if Noise is not None:
+        return _load(Noise, noise_step, row, col, inside, UNIT)
     else:
-        return normal_at(s, t, o, start[:, None] + col)
+        s, t, o = key_of(row, seed, Seeds, seeds_step, stream, Streams, streams_step, offset, Offsets, offsets_step)
+        s, t, o = s[:, None], t[:, None], o[:, None]
+        start = (row * 0 if KEYED else row * length)[:, None]
+        if WHOLE:
+            blocks = (tile * C + tl.arange(0, C))[None, :]
+            return draw(s, t, o + (start // 4 + blocks), NORMAL).reshape(R, 4 * C)
+        else:
+            return normal_at(s, t, o, start + col[None, :])
 
 
 @triton.jit(do_not_specialize=_RAW)
@@ -41,23 +62,13 @@ def forward_tiles(
     seed: tl.int64, Seeds, seeds_step, stream: tl.int64, Streams, streams_step, offset: tl.int64, Offsets, offsets_step,
     KEYED: tl.constexpr, WHOLE: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):
-    length = units.to(tl.int64) * UNIT
-    tile = (tl.program_id(0) % tiles).to(tl.int64)
-    mine = (tl.program_id(0) // tiles).to(tl.int64) * R + tl.arange(0, R)
-    row = tl.minimum(mine, rows - 1)
-    first = tile * C + tl.arange(0, C)
-    col = tile * (4 * C) + tl.arange(0, 4 * C)
-    inside = (col < length)[None, :]
-    m = tl.load(Mean + row[:, None] * mean_step * UNIT + col[None, :], mask=inside, other=0.0).to(tl.float32)
-    lv = tl.load(Logvar + row[:, None] * logvar_step * UNIT + col[None, :], mask=inside, other=0.0).to(tl.float32)
-    if Noise is None:
-        start = row * 0 if KEYED else row * length
-        eps = _noise(
-            row, first[None, :] if WHOLE else col[None, :], start, seed, Seeds, seeds_step, stream, Streams,
-            streams_step, offset, Offsets, offsets_step, WHOLE, R, C,
-        )
-    else:
-        eps = tl.load(Noise + row[:, None] * noise_step * UNIT + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    tile, mine, row, col, inside, length = _tile(rows, units, tiles, UNIT, R, C)
+    m = _load(Mean, mean_step, row, col, inside, UNIT)
+    lv = _load(Logvar, logvar_step, row, col, inside, UNIT)
+    eps = _noise(
+        Noise, noise_step, tile, row, col, inside, length, seed, Seeds, seeds_step, stream, Streams, streams_step,
+        offset, Offsets, offsets_step, KEYED, WHOLE, UNIT, R, C,
+    )
     std = exp(0.5 * lv)
     at = row[:, None] * length + col[None, :]
     tl.store(Z + at, tl.fma(std, eps, m).to(Z.dtype.element_ty), mask=inside & (mine < rows)[:, None])
@@ -85,37 +96,24 @@ def backward_tiles(
     seed: tl.int64, Seeds, seeds_step, stream: tl.int64, Streams, streams_step, offset: tl.int64, Offsets, offsets_step,
     KEYED: tl.constexpr, WHOLE: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):
-    length = units.to(tl.int64) * UNIT
-    tile = (tl.program_id(0) % tiles).to(tl.int64)
-    mine = (tl.program_id(0) // tiles).to(tl.int64) * R + tl.arange(0, R)
-    row = tl.minimum(mine, rows - 1)
-    first = tile * C + tl.arange(0, C)
-    col = tile * (4 * C) + tl.arange(0, 4 * C)
-    inside = (col < length)[None, :]
+    tile, mine, row, col, inside, length = _tile(rows, units, tiles, UNIT, R, C)
     written = inside & (mine < rows)[:, None]
     at = row[:, None] * length + col[None, :]
-    lv = tl.load(Logvar + row[:, None] * logvar_step * UNIT + col[None, :], mask=inside, other=0.0).to(tl.float32)
-    std = exp(0.5 * lv)
+    std = exp(0.5 * _load(Logvar, logvar_step, row, col, inside, UNIT))
     dm = tl.zeros([R, 4 * C], tl.float32)
     dlv = tl.zeros([R, 4 * C], tl.float32)
     if GradZ is not None:
-        dm = tl.load(GradZ + row[:, None] * grad_step * UNIT + col[None, :], mask=inside, other=0.0).to(tl.float32)
-        if Noise is None:
-            start = row * 0 if KEYED else row * length
-            eps = _noise(
-                row, first[None, :] if WHOLE else col[None, :], start, seed, Seeds, seeds_step, stream, Streams,
-                streams_step, offset, Offsets, offsets_step, WHOLE, R, C,
-            )
-        else:
-            given = Noise + row[:, None] * noise_step * UNIT + col[None, :]
-            eps = tl.load(given, mask=inside, other=0.0).to(tl.float32)
+        dm = _load(GradZ, grad_step, row, col, inside, UNIT)
+        eps = _noise(
+            Noise, noise_step, tile, row, col, inside, length, seed, Seeds, seeds_step, stream, Streams, streams_step,
+            offset, Offsets, offsets_step, KEYED, WHOLE, UNIT, R, C,
+        )
         if GradNoise is not None:
             tl.store(GradNoise + at, (dm * std).to(GradNoise.dtype.element_ty), mask=written)
         dlv = 0.5 * dm * std * eps
     if GradKl is not None:
         dkl = tl.load(GradKl + row)[:, None]
-        m = tl.load(Mean + row[:, None] * mean_step * UNIT + col[None, :], mask=inside, other=0.0).to(tl.float32)
-        dm = tl.fma(dkl, m, dm)
+        dm = tl.fma(dkl, _load(Mean, mean_step, row, col, inside, UNIT), dm)
         dlv = tl.fma(0.5 * dkl, tl.fma(std, std, std * 0 - 1.0), dlv)
     tl.store(GradMean + at, dm.to(GradMean.dtype.element_ty), mask=written)
     tl.store(GradLogvar + at, dlv.to(GradLogvar.dtype.element_ty), mask=written)

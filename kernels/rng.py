@@ -6,6 +6,7 @@ Launched with enable_fp_fusion=False: each multiply and add rounds on its own. W
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -172,17 +173,8 @@ def fill_rows(
         tl.store(Out + row * length + at, x, mask=at < length)
 
 
-def fill(
-    shape: list[int],
-    distribution: str,
-    seed: int, seeds: Tensor | None,
-    stream: int, streams: Tensor | None,
-    offset: int, offsets: Tensor | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    out: Tensor | None = None,
-) -> Tensor:
-    keys = (seed, seeds, stream, streams, offset, offsets)
+def fill(shape: list[int], distribution: str, *args: Any, out: Tensor | None = None) -> Tensor:
+    keys, (dtype, device) = args[:6], args[6:]
     direct = out is not None and out.is_contiguous()
     result = out if direct and out is not None else torch.empty(shape, dtype=dtype, device=device)
     rows = shape[0] if keyed_by_row(keys) else 1
