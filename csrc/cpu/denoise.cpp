@@ -78,13 +78,7 @@ struct Model {
 const float* draw_noise(const Denoise& p, const Task& t, uint64_t stream, float* drawn) {
   const Key key{p.seed.at(p.keys_per_row ? t.row : 0), stream, 0};
   const int64_t start = (p.keys_per_row ? 0 : t.row * p.length) + t.begin;
-  const int64_t skip = start % 4, count = t.count + skip;
-  for (int64_t i = 0; i < count; i += DRAW) {
-    F32 z[4];
-    draw<Distribution::normal>(key, static_cast<uint64_t>((start + i) / 4), z);
-    for (int j = 0; j < 4; ++j) store(drawn + i + j * W, z[j]);
-  }
-  return drawn + skip;
+  return draw_elements<Distribution::normal>(key, start, t.count, drawn);
 }
 
 // The mask of a task as floats.

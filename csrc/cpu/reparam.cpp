@@ -21,13 +21,7 @@ struct Noise {
   float drawn[TILE + 2 * DRAW];
 
   const float* of(const Key& key, int64_t start, int64_t count) {
-    const int64_t skip = start % 4;
-    for (int64_t i = 0; i < count + skip; i += DRAW) {
-      F32 x[4];
-      draw<Distribution::normal>(key, key.offset + static_cast<uint64_t>((start + i) / 4), x);
-      for (int j = 0; j < 4; ++j) store(drawn + i + j * W, x[j]);
-    }
-    return drawn + skip;
+    return draw_elements<Distribution::normal>(key, start, count, drawn);
   }
 };
 

@@ -10,17 +10,17 @@ namespace {
 
 constexpr int64_t TILE = 64 * DRAW;  // elements of a row that one task draws
 
+// Whole draws of float32 go where they belong, the rest through a buffer.
 template <Distribution D, class T>
 void fill_tile(const Key& key, int64_t begin, int64_t end, T* row) {
-  for (int64_t i = begin; i < end; i += DRAW) {
-    F32 x[4];
-    draw<D>(key, key.offset + static_cast<uint64_t>(i / 4), x);
-    if (end - i >= DRAW) {
-      for (int j = 0; j < 4; ++j) store(row + i + j * W, x[j]);
-    } else {
-      for (int j = 0; j < 4 && i + j * W < end; ++j) store_n(row + i + j * W, x[j], static_cast<int>(end - i - j * W));
-    }
+  if constexpr (std::is_same_v<T, float>) {
+    const int64_t whole = (end - begin) / DRAW;
+    draw<D>(key, static_cast<uint64_t>(begin / 4), whole, row + begin);
+    begin += whole * DRAW;
   }
+  float drawn[TILE];
+  draw<D>(key, static_cast<uint64_t>(begin / 4), (end - begin + DRAW - 1) / DRAW, drawn);
+  sweep(end - begin, [&](int64_t i, int n) { store_n(row + begin + i, load(drawn + i), n); });
 }
 
 template <Distribution D, class T>
