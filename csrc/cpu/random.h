@@ -89,8 +89,59 @@ OP_INLINE void philox(const RoundKeys& keys, uint64_t stream, uint64_t block, Wo
                  interleave(c2[2 * n], c2[2 * n + 1]), interleave(c3[2 * n], c3[2 * n + 1])}};
 }
 
+// N vectors that go through the same steps side by side: a polynomial's steps wait for each other, N of them do not.
+template <class V, int N>
+struct Pack {
+  V v[N];
+};
+
+template <int N, class F>
+OP_INLINE auto each(F&& f) {
+  Pack<decltype(f(0)), N> result;
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) result.v[i] = f(i);
+  return result;
+}
+
+template <int N>
+using F32s = Pack<F32, N>;
+template <int N>
+using I32s = Pack<I32, N>;
+
+template <int N>
+OP_INLINE F32s<N> operator+(const F32s<N>& x, const F32s<N>& y) {
+  return each<N>([&](int i) { return x.v[i] + y.v[i]; });
+}
+template <int N>
+OP_INLINE F32s<N> operator*(const F32s<N>& x, const F32s<N>& y) {
+  return each<N>([&](int i) { return x.v[i] * y.v[i]; });
+}
+template <int N>
+OP_INLINE F32s<N> operator+(const F32s<N>& x, float y) {
+  return each<N>([&](int i) { return x.v[i] + y; });
+}
+template <int N>
+OP_INLINE F32s<N> operator*(const F32s<N>& x, float y) {
+  return each<N>([&](int i) { return x.v[i] * y; });
+}
+template <int N>
+OP_INLINE F32s<N> operator-(const F32s<N>& x) {
+  return each<N>([&](int i) { return -x.v[i]; });
+}
+template <int N>
+OP_INLINE F32s<N> to_f32(const I32s<N>& x) {
+  return each<N>([&](int i) { return to_f32(x.v[i]); });
+}
+
 // a * b + c, of a product that a float32 holds exactly: one rounding is then the same as two.
-OP_INLINE F32 exact_fma(F32 a, float b, F32 c) { return fma(a, splat(b), c); }
+template <int N>
+OP_INLINE F32s<N> exact_fma(const F32s<N>& a, float b, const F32s<N>& c) {
+  return each<N>([&](int i) { return fma(a.v[i], splat(b), c.v[i]); });
+}
+template <int N>
+OP_INLINE F32s<N> exact_fma(const F32s<N>& a, float b, float c) {
+  return each<N>([&](int i) { return fma(a.v[i], splat(b), splat(c)); });
+}
 
 // x with its sign changed where the top bit is set.
 OP_INLINE F32 flip(F32 x, I32 top) {
@@ -101,71 +152,80 @@ OP_INLINE F32 flip(F32 x, I32 top) {
 #endif
 }
 
-OP_INLINE F32 unit(U32 word) {
+OP_INLINE F32 whole(U32 word) {
 #if defined(__AVX512F__)
-  const F32 x = _mm512_cvtepu32_ps((__m512i)word);
+  return _mm512_cvtepu32_ps((__m512i)word);
 #else
   // Both halves are exact and the sum rounds once: the signed conversion is the only one there is.
-  const F32 x = to_f32((I32)(word >> 16)) * 65536.0f + to_f32((I32)(word & 0xFFFFu));
+  return to_f32((I32)(word >> 16)) * 65536.0f + to_f32((I32)(word & 0xFFFFu));
 #endif
-  return min(exact_fma(x, UNIT_STEP, splat(UNIT_MIDDLE)), splat(UNIT_MOST));
 }
 
-OP_INLINE F32 ln_reduced(F32 f, F32 k) {
-  F32 p = splat(LN_0);
-  p = p * f + LN_1;
+template <int N>
+OP_INLINE F32s<N> unit(const Pack<U32, N>& word) {
+  const F32s<N> u = exact_fma(each<N>([&](int i) { return whole(word.v[i]); }), UNIT_STEP, UNIT_MIDDLE);
+  return each<N>([&](int i) { return min(u.v[i], splat(UNIT_MOST)); });
+}
+
+template <int N>
+OP_INLINE F32s<N> ln_reduced(const F32s<N>& f, const F32s<N>& k) {
+  F32s<N> p = f * LN_0 + LN_1;
   p = p * f + LN_2;
   p = p * f + LN_3;
   p = p * f + LN_4;
   p = p * f + LN_5;
   p = p * f + LN_6;
   p = p * f + LN_7;
-  const F32 square = f * f;
-  const F32 tail = f * square * p + k * LN2_LOW;
+  const F32s<N> square = f * f;
+  const F32s<N> tail = f * square * p + k * LN2_LOW;
   return exact_fma(k, LN2_HIGH, exact_fma(square, -0.5f, tail) + f);
 }
 
-// x = m 2^k with m in [sqrt(1/2), sqrt(2)).
-OP_INLINE F32 split(F32 x, I32& k) {
-  const I32 bits = as_i32(x) - SQRT_HALF_BITS;
-  k = bits >> 23;
-  return as_f32((bits & 0x7FFFFF) + SQRT_HALF_BITS);
+// x = m 2^k with m in [sqrt(1/2), sqrt(2)): m - 1 and k.
+template <int N>
+OP_INLINE F32s<N> split(const F32s<N>& x, I32s<N>& k) {
+  const I32s<N> bits = each<N>([&](int i) { return as_i32(x.v[i]) - SQRT_HALF_BITS; });
+  k = each<N>([&](int i) { return bits.v[i] >> 23; });
+  return each<N>([&](int i) { return as_f32((bits.v[i] & 0x7FFFFF) + SQRT_HALF_BITS) - 1.0f; });
 }
 
-OP_INLINE F32 ln(F32 x) {
-  I32 k;
-  const F32 mantissa = split(x, k);
-  return ln_reduced(mantissa - 1.0f, to_f32(k));
+template <int N>
+OP_INLINE F32s<N> ln(const F32s<N>& x) {
+  I32s<N> k;
+  const F32s<N> f = split(x, k);
+  return ln_reduced(f, to_f32(k));
 }
 
-OP_INLINE F32 log1p_neg(F32 u) {  // ln(1 - u)
-  const F32 rest = 1.0f - u, lost = (1.0f - rest) - u;
-  I32 k;
-  const F32 mantissa = split(rest, k);
-  return ln_reduced((mantissa - 1.0f) + lost * as_f32((127 - k) << 23), to_f32(k));
+template <int N>
+OP_INLINE F32s<N> log1p_neg(const F32s<N>& u) {  // ln(1 - u)
+  const F32s<N> rest = each<N>([&](int i) { return 1.0f - u.v[i]; });
+  I32s<N> k;
+  const F32s<N> f = split(rest, k);
+  const F32s<N> lost = each<N>([&](int i) { return ((1.0f - rest.v[i]) - u.v[i]) * as_f32((127 - k.v[i]) << 23); });
+  return ln_reduced(f + lost, to_f32(k));
 }
 
-OP_INLINE void sincos_turn(F32 u, F32& sin, F32& cos) {  // of 2 pi u, u in [0, 1)
-  const I32 quadrant = truncate(exact_fma(u, 4.0f, splat(0.5f)));
-  const F32 r = exact_fma(u, 4.0f, -to_f32(quadrant)), square = r * r;
-  F32 s = splat(SIN_0);
-  s = s * square + SIN_1;
-  s = s * square + SIN_2;
-  F32 c = splat(COS_0);
-  c = c * square + COS_1;
-  c = c * square + COS_2;
-  c = c * square + COS_3;
-  const F32 sine = r * HALF_PI_HIGH + (r * square * s + r * HALF_PI_LOW);
-  const F32 cosine = square * c + 1.0f;
-  const I32 odd = (quadrant & 1) != 0, turned = quadrant << 30;
-  sin = flip(odd ? cosine : sine, turned);
-  cos = flip(odd ? sine : cosine, turned + (1 << 30));
+template <int N>
+OP_INLINE void sincos_turn(const F32s<N>& u, F32s<N>& sin, F32s<N>& cos) {  // of 2 pi u, u in [0, 1)
+  const F32s<N> turned = exact_fma(u, 4.0f, 0.5f);
+  const I32s<N> quadrant = each<N>([&](int i) { return truncate(turned.v[i]); });
+  const F32s<N> r = exact_fma(u, 4.0f, -to_f32(quadrant)), square = r * r;
+  const F32s<N> s = (square * SIN_0 + SIN_1) * square + SIN_2;
+  const F32s<N> c = ((square * COS_0 + COS_1) * square + COS_2) * square + COS_3;
+  const F32s<N> sine = r * HALF_PI_HIGH + (r * square * s + r * HALF_PI_LOW);
+  const F32s<N> cosine = square * c + 1.0f;
+  const I32s<N> odd = each<N>([&](int i) { return (quadrant.v[i] & 1) != 0; });
+  const I32s<N> sign = each<N>([&](int i) { return quadrant.v[i] << 30; });
+  sin = each<N>([&](int i) { return flip(odd.v[i] ? cosine.v[i] : sine.v[i], sign.v[i]); });
+  cos = each<N>([&](int i) { return flip(odd.v[i] ? sine.v[i] : cosine.v[i], sign.v[i] + (1 << 30)); });
 }
 
 // Box-Muller on two words of each lane.
-OP_INLINE void normal_pair(U32 w0, U32 w1, F32& z0, F32& z1) {
-  const F32 radius = sqrt(-2.0f * ln(unit(w0)));
-  F32 sin, cos;
+template <int N>
+OP_INLINE void normal_pair(const Pack<U32, N>& w0, const Pack<U32, N>& w1, F32s<N>& z0, F32s<N>& z1) {
+  const F32s<N> square = ln(unit(w0)) * -2.0f;
+  const F32s<N> radius = each<N>([&](int i) { return sqrt(square.v[i]); });
+  F32s<N> sin, cos;
   sincos_turn(unit(w1), sin, cos);
   z0 = radius * cos;
   z1 = radius * sin;
@@ -207,45 +267,48 @@ OP_INLINE void weave(const F32 v[4], F32 out[4]) {
 #endif
 }
 
-// The DRAW elements that the words of W blocks give, in element order.
-template <Distribution D>
-OP_INLINE void transform(const Words& words, float* out) {
-  F32 v[4], woven[4];
+// The elements that N times W blocks of words give, in element order.
+template <Distribution D, int N>
+OP_INLINE void transform(const Words* words, float* out) {
+  F32s<4 * N> x;
   if constexpr (D == Distribution::normal) {
-    normal_pair(words.w[0], words.w[1], v[0], v[1]);
-    normal_pair(words.w[2], words.w[3], v[2], v[3]);
+    F32s<2 * N> even, odd;
+    normal_pair(each<2 * N>([&](int i) { return words[i / 2].w[i % 2 * 2]; }),
+                each<2 * N>([&](int i) { return words[i / 2].w[i % 2 * 2 + 1]; }), even, odd);
+    x = each<4 * N>([&](int i) { return i % 2 ? odd.v[i / 2] : even.v[i / 2]; });
   } else {
-    for (int i = 0; i < 4; ++i) {
-      const F32 u = unit(words.w[i]);
-      if constexpr (D == Distribution::uniform) v[i] = u;
-      if constexpr (D == Distribution::exponential) v[i] = -ln(u);
-      if constexpr (D == Distribution::gumbel) v[i] = -ln(-log1p_neg(u));
-      if constexpr (D == Distribution::logistic) v[i] = ln(u) - log1p_neg(u);
-      if constexpr (D == Distribution::laplace) {
-        const I32 low = u < 0.5f;
-        const F32 size = ln(2.0f * (low ? u : 1.0f - u));
-        v[i] = low ? size : -size;
-      }
+    const F32s<4 * N> u = unit(each<4 * N>([&](int i) { return words[i / 4].w[i % 4]; }));
+    if constexpr (D == Distribution::uniform) x = u;
+    if constexpr (D == Distribution::exponential) x = -ln(u);
+    if constexpr (D == Distribution::gumbel) x = -ln(-log1p_neg(u));
+    if constexpr (D == Distribution::logistic) x = ln(u) + -log1p_neg(u);
+    if constexpr (D == Distribution::laplace) {
+      const F32s<4 * N> size = ln(each<4 * N>([&](int i) { return 2.0f * (u.v[i] < 0.5f ? u.v[i] : 1.0f - u.v[i]); }));
+      x = each<4 * N>([&](int i) { return u.v[i] < 0.5f ? size.v[i] : -size.v[i]; });
     }
   }
-  weave(v, woven);
-  for (int j = 0; j < 4; ++j) store(out + j * W, woven[j]);
+  for (int n = 0; n < N; ++n) {
+    F32 woven[4];
+    weave(x.v + 4 * n, woven);
+    for (int j = 0; j < 4; ++j) store(out + n * DRAW + j * W, woven[j]);
+  }
 }
 
 // `draws` times DRAW elements from a block of the key's row on. All words first, then all elements: each loop is short
 // enough for the processor to work on several turns of it at a time.
 template <Distribution D>
 static void draw(const Key& key, uint64_t block, int64_t draws, float* out) {
-  constexpr int64_t CHUNK = 16;
+  constexpr int64_t CHUNK = 12;
   const RoundKeys keys(key.seed);
   Words words[CHUNK];
   for (int64_t begin = 0; begin < draws; begin += CHUNK) {
     const int64_t count = draws - begin < CHUNK ? draws - begin : CHUNK;
     const uint64_t first = key.offset + block + static_cast<uint64_t>(begin) * W;
     int64_t i = 0;
-    for (; i + 2 <= count; i += 2) philox<2>(keys, key.stream, first + static_cast<uint64_t>(i) * W, words + i);
-    if (i < count) philox<1>(keys, key.stream, first + static_cast<uint64_t>(i) * W, words + i);
-    for (i = 0; i < count; ++i) transform<D>(words[i], out + (begin + i) * DRAW);
+    for (; i + 3 <= count; i += 3) philox<3>(keys, key.stream, first + static_cast<uint64_t>(i) * W, words + i);
+    for (; i < count; ++i) philox<1>(keys, key.stream, first + static_cast<uint64_t>(i) * W, words + i);
+    for (i = 0; i + 2 <= count; i += 2) transform<D, 2>(words + i, out + (begin + i) * DRAW);
+    if (i < count) transform<D, 1>(words + i, out + (begin + i) * DRAW);
   }
 }
 
