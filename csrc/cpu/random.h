@@ -1,5 +1,6 @@
 // The recipe of engine/reference/rng.py, lane by lane and bit by bit: the order of operations is the definition, and
-// fma() stands only where the product is exact. Block n of W is in lane n of four vectors of words, then woven into order.
+// fma() stands only where the product is exact. Block n of W is in lane n of four vectors of words, then woven into
+// order.
 #pragma once
 #include "onepass/recipe.h"
 #include "onepass/rng.h"

@@ -236,15 +236,22 @@ OP_INLINE F32 exp_tail(F32 x, F32& k) {
   return fma(q, r * r, r);
 }
 
-// e^x within 1.5 ulp (no overflow trap: above 88.7 inf, below -87.3 zero, NaN stays NaN).
+// y 2^k of a whole k, rounded once.
+OP_INLINE F32 scale(F32 y, F32 k) {
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(y, k);
+#else
+  // 2^k in two factors, so that the largest and the denormal results round once too.
+  const I32 whole = truncate(k == k ? k : splat(0.0f)), half = whole >> 1;
+  return y * as_f32((half + 127) << 23) * as_f32((whole - half + 127) << 23);
+#endif
+}
+
+// e^x within 1.5 ulp (no overflow trap: above 88.7 inf, below -104 zero, NaN stays NaN).
 OP_INLINE F32 exp(F32 x) {
-  const F32 bounded = x > 89.0f ? splat(89.0f) : (x < -104.0f ? splat(-104.0f) : x);
   F32 k;
-  const F32 y = exp_tail(bounded, k) + 1.0f;
-  // 2^k in two factors, so that the largest and the denormal results round once.
-  const I32 whole = truncate(x == x ? k : splat(0.0f)), half = whole >> 1;
-  const F32 low = as_f32((half + 127) << 23), high = as_f32((whole - half + 127) << 23);
-  return y * low * high;
+  const F32 y = exp_tail(min(splat(89.0f), max(splat(-104.0f), x)), k) + 1.0f;
+  return scale(y, k);
 }
 
 // e^x - 1 with a small relative error near 0 too.
