@@ -23,7 +23,7 @@ help:
 	@echo "make test       the test suite; make test-all adds the slow sweeps"
 	@echo "make bench      benchmarks of every op, to bench_out/"
 	@echo "make lint       ruff, clang-format, mypy on the installed package, generated docs; make format mends"
-	@echo "make docs       writes docs/ops.md from the table of ops and backends"
+	@echo "make docs       writes docs/ops.md and docs/performance.md from the table of ops and the results"
 	@echo "make gpuless    GPU kernels without a GPU; make kernel-report accepts what they compile to"
 	@echo "make gpu-check  build, GPU tests and baselines on a machine with an NVIDIA GPU; OUT=DIR"
 	@echo "make sanitize   the tests of the CPU kernels under ASan and UBSan"
@@ -76,6 +76,7 @@ format: build
 
 docs: build
 	$(BIN)/onepass info --markdown > docs/ops.md
+	$(BIN)/python -m onepass.benches.performance > docs/performance.md
 
 # Two Tritons lie beside the environment, which needs none itself.
 $(GPULESS)/triton-%/ready: | build
@@ -98,6 +99,7 @@ gpuless-interpreted:
 gpuless-compiled-%:
 	$(call with_triton,$*) -m pytest -q tests/gpuless/triton
 	$(call with_triton,$*) tests/gpuless/report.py collect $(GPULESS)/triton-$*.json
+	@[ $* != $(TRITON_NEW) ] || $(call with_triton,$*) tests/gpuless/triton/benchmarks.py check
 
 # What nvcc made of the CUDA kernels in `make build`; Triton brings the tool that reads it.
 gpuless-nvcc: build $(GPULESS)/triton-$(TRITON_NEW)/ready
@@ -108,6 +110,8 @@ kernel-report: build $(GPULESS)/triton-$(TRITON_OLD)/ready $(GPULESS)/triton-$(T
 	$(call with_triton,$(TRITON_OLD)) tests/gpuless/report.py collect $(GPULESS)/triton-$(TRITON_OLD).json
 	$(call with_triton,$(TRITON_NEW)) tests/gpuless/report.py collect $(GPULESS)/triton-$(TRITON_NEW).json
 	$(BIN)/python tests/gpuless/report.py write $(GPULESS)/*.json
+	$(call with_triton,$(TRITON_NEW)) tests/gpuless/triton/benchmarks.py write
+	$(MAKE) --no-print-directory docs
 
 gpu-check:
 	$(PYTHON) benches/gpu_check.py --out $(OUT)

@@ -86,6 +86,12 @@ class Row:
     command: str = ""
 
     @property
+    def stem(self) -> str:
+        """The file of cases that the row is from, as its command names it."""
+        words = self.command.split()
+        return words[2] if len(words) > 2 else ""
+
+    @property
     def ours(self) -> bool:
         return self.implementation.startswith("onepass")
 

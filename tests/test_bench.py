@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from onepass import _native
-from onepass.benches import cli, harness, machine, main, performance, report, timing
+from onepass.benches import cli, harness, machine, main, performance, predict, report, timing
 
 CPU = torch.device("cpu")
 RATES = machine.Rates(read=30e9, copy=20e9, matmul={"float32": 100e9, "bfloat16": 200e9}, winners={})
@@ -291,8 +291,55 @@ def test_gpu_check_rehearsed_on_the_cpu_goes_on_after_a_failure(tmp_path: Path) 
     assert done.stdout.splitlines()[-1].startswith("gpu-check: ")
 
 
-def test_the_performance_page_is_made_from_the_results(tmp_path: Path) -> None:
+def test_the_performance_page_is_made_from_the_results() -> None:
     root = Path(__file__).parent.parent
     committed = performance.page(root / "benches" / "results")
-    assert (root / "docs" / "performance.md").read_text() == committed, "python -m onepass.benches.performance"
-    assert "Unmeasured" in performance.page(tmp_path)
+    assert (root / "docs" / "performance.md").read_text() == committed, "make docs"
+
+
+def test_without_results_the_page_lists_every_case_as_unmeasured(tmp_path: Path) -> None:
+    text = performance.page(tmp_path)
+    for stem in cli.stems():
+        section = text.partition(f"## {stem}\n")[2].partition("\n## ")[0]
+        rows = {cells[1]: cells for line in section.splitlines() if len(cells := line.split(" | ")) == 10}
+        for c in cli.cases(stem, CPU):
+            assert f"| {c.name} | {c.shape} | {machine.name_of(c.dtype)} | NVIDIA H200 |" in section, c.name
+        measured = [cells[5:8] for cells in rows.values()][1:]
+        assert set(map(tuple, measured)) <= {("unmeasured", "unmeasured", "")}
+
+
+def test_a_measurement_stands_beside_its_prediction(tmp_path: Path) -> None:
+    c = next(c for c in cli.cases("rng", CPU) if c.name == "normal_1m_fp32")
+    rates = {"read": 1e10, "copy": 4e9, "matmul": {"float32": 1e11}, "winners": {}}
+    about = {
+        "cpu": "A", "gpu": "G", "isa": "", "threads": 1, "versions": {}, "commit": "abc", "date": "2030-01-02T03:04",
+        "other_work": None,
+    }
+    for device, shape in (("cpu", c.shape), ("cuda", c.shape)):
+        rows = [
+            harness.Row(
+                c.op, c.name, who, who, device, shape, "float32", median=median, p20=median, p80=median, n=9,
+                command=f"onepass bench rng --only {c.name}",
+            )
+            for who, median in (("eager", 0.002), ("onepass", 0.004))
+        ]
+        report.save_json(tmp_path / f"{device}.json", about | {"device": device}, rates, rows)
+    lines = [line for line in performance.page(tmp_path).splitlines() if line.startswith(f"| {c.name}")]
+    end = "4 ms | eager, 2 ms | 0.50x **loses** | 2030-01-02 | abc |"
+    assert lines == [
+        f"| {c.name} | 1M | float32 | A, 1 thread | 1.05 ms, memory | {end}",
+        f"| {c.name} | 1M | float32 | G | {report.duration(predict.on_gpu('rng', c)[1])}, issue | {end}",
+    ]
+    path = tmp_path / "cuda.json"           # of a shape that the case no longer has: nothing is predicted for it
+    path.write_text(path.read_text().replace('"shape": "1M"', '"shape": "2M"'))
+    assert f"| {c.name} | 2M | float32 | G | - | {end}\n" in performance.page(tmp_path)
+    assert f"| {c.name} | 1M | float32 | NVIDIA H200 |" in performance.page(tmp_path)
+
+
+def test_issue_slots_of_the_busiest_multiprocessor() -> None:
+    gpu = dataclasses.replace(predict.H200, multiprocessors=10, clock=1e9, slots=4)
+    launches = [{"programs": 21, "warps": 2, "instructions": 400}, {"programs": 1, "warps": 1, "instructions": 40}]
+    assert predict.issue(launches, gpu) == pytest.approx((3 * 2 * 400 / 4 + 40 / 4) * 1e-9)
+    large = next(c for c in cli.cases("rng", CPU) if c.name == "normal_16m_fp32")
+    bound, seconds = predict.on_gpu("rng", large)
+    assert bound == "issue" and seconds > large.writes / predict.H200.rates.copy

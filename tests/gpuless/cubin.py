@@ -148,6 +148,14 @@ def sass(cubin: bytes) -> str:
         return _run("cuobjdump", "-sass", file.name)
 
 
+def longest_loop(listing: str) -> int:
+    """Instructions of the longest loop in what `sass` gives, from where it begins to the branch back; 0 without one."""
+    longest = 0
+    for at, to in re.findall(r"/\*([0-9a-f]{4,})\*/[^;]*\bBRA[^;]*\b0x([0-9a-f]+)\s*;", listing):
+        longest = max(longest, (int(at, 16) - int(to, 16)) // 16 + 1)
+    return longest if longest > 1 else 0                # the last instruction of a kernel branches to itself
+
+
 def read(cubin: bytes | os.PathLike[str] | str) -> dict[str, Kernel]:
     """The kernels of a cubin by (mangled) name; a device function that is not inlined counts as one of its own."""
     if isinstance(cubin, bytes):

@@ -48,6 +48,18 @@ SHARED = """
   ret;
 }"""
 
+LOOP = """
+.visible .entry walks(.param .u64 to, .param .u32 n) {
+  .reg .b64 %t; .reg .b32 %i, %n; .reg .pred %p;
+  ld.param.u64 %t, [to]; ld.param.u32 %n, [n]; mov.u32 %i, 0;
+again:
+  atom.global.exch.b32 %i, [%t], %i; add.u32 %i, %i, 3;
+  setp.lt.u32 %p, %i, %n;
+  @%p bra again;
+  st.global.u32 [%t], %i;
+  ret;
+}"""
+
 
 def assemble(ptx: str, folder, arch: str) -> bytes:
     source, target = folder / "kernel.ptx", folder / "kernel.cubin"
@@ -72,6 +84,13 @@ def test_kernels_hold_what_was_written(arch, tmp_path):
         "shared_load": 1, "shared_store": 1, "barrier": 1, "shuffle": 1, "atomic": 1,
     }
     assert copy.record()["special"] == 1 and "matrix" not in copy.record()
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a", "sm_120"])
+def test_the_longest_loop_is_found(arch, tmp_path):
+    walks = assemble(LOOP, tmp_path, arch)
+    assert 4 <= cubin.longest_loop(cubin.sass(walks)) < cubin.read(walks)["walks"].instructions
+    assert cubin.longest_loop(cubin.sass(assemble(WIDE_COPY, tmp_path, arch))) == 0
 
 
 def test_a_file_that_is_no_cubin_is_refused(tmp_path):

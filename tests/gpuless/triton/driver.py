@@ -35,6 +35,7 @@ class Launch:
     target: str
     types: dict[str, str]           # of the arguments that are not constexpr: "*bf16", "i32", ...
     constants: dict[str, Any]       # constexpr arguments, and 1 or None where Triton specialised on them
+    arguments: dict[str, Any]       # by name, as they came
     grid: tuple[int, int, int]
     warps: int
     compiled: Any                   # Triton's CompiledKernel
@@ -130,7 +131,7 @@ def on(target: str) -> Iterator[list[Launch]]:
         types = {k: v for k, v in source.signature.items() if v != "constexpr"}
         constants = {k: getattr(v, "value", v) for k, v in constants.items()}
         launches.append(
-            Launch(self.__name__, target, types, constants, size, compiled.metadata.num_warps, compiled)
+            Launch(self.__name__, target, types, constants, names, size, compiled.metadata.num_warps, compiled)
         )
         return compiled
 

@@ -15,7 +15,7 @@ if interpreter.ON:
 import triton.language as tl  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
-from gpuless.triton import driver, launches  # noqa: E402
+from gpuless.triton import benchmarks, driver, launches  # noqa: E402
 
 NVIDIA = [target for target in driver.TARGETS if target.startswith("sm_")]
 
@@ -62,6 +62,20 @@ def test_a_launch_is_compiled_and_recorded(target):
     found = driver.record(launch)
     assert found["spill_bytes"] == 0 and 0 < found["registers"] < 64 and 0 < found["occupancy"] <= 1
     assert found["load"] >= 1 and found["store"] >= 1 and found["arch"].startswith(target)
+
+
+def test_loops_are_walked_as_often_as_the_arguments_say():
+    from onepass.kernels import attention
+
+    x = torch.empty(2, 1024, 8, 64, device="meta")
+    with driver.on("sm_90") as done:
+        for causal in (True, False):
+            attention.forward(x, x, x, causal, -1, -1, 0.0, 0.1)
+        attention.forward(x[:, :1], x, x, False, -1, -1, 0.0, 0.1)      # four splits of 256 keys
+        launches.volrend()
+    walked = [(launch.kernel, benchmarks.passes(launch)) for launch in done]
+    assert walked[:4] == [("attend", (32 + 1) / 2), ("attend", 32), ("attend", 256 // 32), ("combine", 4)]
+    assert all(times == 1 for _, times in walked[4:])
 
 
 @pytest.mark.parametrize("target", driver.TARGETS)
