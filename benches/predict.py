@@ -39,7 +39,8 @@ H200 = Gpu(
 _TERA = {name: f"{value / 1e12:g}" for name, value in H200.rates.matmul.items()}
 TEXT = f"""**GPU rows are predicted for an {H200.name}.** Inputs, assumed: copy
 {H200.rates.copy / 1e12:g} TB/s (data sheet 4.8), matrices of bf16 and fp16 {_TERA["bfloat16"]} TFLOP/s (data sheet
-989) and of float32 {_TERA["float32"]} TFLOP/s, {H200.multiprocessors} multiprocessors at {H200.clock / 1e9:g} GHz that issue {H200.slots} warp instructions a cycle.
+989) and of float32 {_TERA["float32"]} TFLOP/s, {H200.multiprocessors}
+multiprocessors at {H200.clock / 1e9:g} GHz that issue {H200.slots} warp instructions a cycle.
 Instructions are counted in the compiled Triton kernels, loops by their passes; the multiprocessor with the most
 programs counts. Latency, launch and host time are left out: what is predicted under some 5 us takes longer.
 """
