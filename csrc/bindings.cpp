@@ -129,30 +129,31 @@ void bind_denoise(py::module_& m) {
   });
 }
 
+// Raises where a length, page or offset points outside the cache: before anything is read or written.
+void inside(const Cache& cache, int64_t batch, int64_t queries, int64_t tokens, const Rotary& rotary) {
+  if (const char* fault = cache_fault(cache, batch, queries, tokens, rotary))
+    throw py::value_error(std::string(fault) + " points outside the cache");
+}
+
 void bind_attention(py::module_& m) {
-  // Asked first: what points outside the cache is found before anything is read or written.
-  m.def("attention_workspace", [](const Attention& p) {
-    if (const char* fault = cache_fault(p.cache, p.batch, p.queries, p.tokens, p.rotary))
-      throw py::value_error(std::string(fault) + " points outside the cache");
-    return kernels.attention.workspace(p);
-  });
-  m.def("attention_forward", [](const Attention& p, Pointer workspace) {
+  m.def("attention_workspace", [](const Attention& p) { return kernels.attention.workspace(p); });
+  m.def("attention_forward", [](const Attention& p, const Array& q) {
+    inside(p.cache, p.batch, p.queries, p.tokens, p.rotary);
+    const Scratch workspace(kernels.attention.workspace(p), q);
     py::gil_scoped_release nogil;
-    kernels.attention.forward(p, at<void>(workspace));
+    kernels.attention.forward(p, workspace.data());
   });
-  m.def("attention_backward_workspace",
-        [](const Attention& forward) { return kernels.attention_backward.workspace(forward); });
-  m.def("attention_backward", [](const Attention& forward, const HeadsArgument& grad_out, Pointer grad_lse,
-                                 const HeadsArgument& dq, const HeadsArgument& dk, const HeadsArgument& dv, Pointer top,
-                                 Pointer excess, Pointer delta, Pointer workspace) {
-    const AttentionBackward p{forward,   heads(grad_out), at<const float>(grad_lse), heads(dq),       heads(dk),
-                              heads(dv), at<float>(top),  at<float>(excess),         at<float>(delta)};
-    py::gil_scoped_release nogil;
-    kernels.attention_backward.backward(p, at<void>(workspace));
-  });
+  m.def("attention_backward",
+        [](const Attention& forward, const Array& grad_out, const Array& grad_lse, const Array& dq, const Array& dk,
+           const Array& dv, const Array& top, const Array& excess, const Array& delta) {
+          const AttentionBackward p{forward,   heads(grad_out), grad_lse.as<const float>(), heads(dq),        heads(dk),
+                                    heads(dv), top.as<float>(), excess.as<float>(),         delta.as<float>()};
+          const Scratch workspace(kernels.attention_backward.workspace(forward), dq);
+          py::gil_scoped_release nogil;
+          kernels.attention_backward.backward(p, workspace.data());
+        });
   def_kvcache_append<int>(m, [](Append p, int num_threads) {
-    if (const char* fault = cache_fault(p.cache, p.batch, p.cache.cu_seqlens ? p.tokens : p.steps, p.tokens, p.rotary))
-      throw py::value_error(std::string(fault) + " points outside the cache");
+    inside(p.cache, p.batch, p.cache.cu_seqlens ? p.tokens : p.steps, p.tokens, p.rotary);
     p.num_threads = num_threads;
     py::gil_scoped_release nogil;
     kernels.kvcache.append(p);

@@ -14,6 +14,7 @@
 #include "onepass/reparam.h"
 #include "onepass/rng.h"
 #include "onepass/volrend.h"
+#include "tensors.h"
 
 namespace onepass::bindings {
 
@@ -62,11 +63,24 @@ inline Reparam reparam(int64_t rows, int64_t length, int dtype, Pointer mean, in
           num_threads};
 }
 
-// (pointer, elements from a batch row, a token and a head to the next)
-using HeadsArgument = std::tuple<Pointer, int64_t, int64_t, int64_t>;
+// Of [B, S, H, D], or of ragged rows [total, H, D].
+inline Heads heads(const Array& x) {
+  return {x.as<const void>(), x.dims() == 4 ? x.stride(0) : 0, x.stride(-3), x.stride(-2)};
+}
 
-inline Heads heads(const HeadsArgument& a) {
-  return {at<const void>(std::get<0>(a)), std::get<1>(a), std::get<2>(a), std::get<3>(a)};
+inline Rotary rotary(const Array& cos, const Array& sin, bool interleaved) {
+  if (!cos) return {nullptr, nullptr, 0, 0, interleaved};
+  return {cos.as<const float>(), sin.as<const float>(), cos.size(0), cos.size(1), interleaved};
+}
+
+// Over [B, H, Sq, Sk], any of which may be 1 or, the first ones, missing.
+inline ScoreMask score_mask(const Array& x) {
+  if (!x) return {MaskKind::none, nullptr, 0, 0, 0, 0};
+  const auto step = [&](int dim) {
+    const int own = dim + x.dims() - 4;
+    return own < 0 || x.size(own) == 1 ? 0 : x.stride(own);
+  };
+  return {x.is_bool() ? MaskKind::boolean : MaskKind::additive, x.as<const void>(), step(0), step(1), step(2), step(3)};
 }
 
 // (pointer or 0, elements from a ray to the next, dtype)
@@ -113,72 +127,65 @@ void def_denoise_step(py::module_& m, Run run) {
 template <class Target, class Run>
 void def_kvcache_append(py::module_& m, Run run) {
   m.def("kvcache_append",
-        [run](std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t> sizes, int dtype, const HeadsArgument& k,
-              const HeadsArgument& v, const HeadsArgument& k_cache, const HeadsArgument& v_cache, const Cache& cache,
-              const Rotary& rotary, const Target& target) {
-          const auto [batch, kv_heads, head_dim, value_dim, tokens, steps] = sizes;
-          run(Append{batch, kv_heads, head_dim, value_dim, tokens, steps, static_cast<DType>(dtype), heads(k), heads(v),
-                     heads(k_cache), heads(v_cache), cache, rotary, 0},
+        [run](const Array& k, const Array& v, const Array& k_cache, const Array& v_cache, const Array& seqlens,
+              const Array& block_table, const Array& batch_idx, const Array& cu_seqlens, const Array& cos,
+              const Array& sin, bool interleaved, const Target& target) {
+          const int64_t steps = cu_seqlens ? k.size(0) : k.size(1);
+          const Cache cache{seqlens.as<const int32_t>(),
+                            0,
+                            cu_seqlens ? -1 : steps,
+                            k_cache.size(1),
+                            k_cache.size(0),
+                            block_table.as<const int32_t>(),
+                            block_table ? block_table.size(1) : 0,
+                            batch_idx.as<const int32_t>(),
+                            nullptr,
+                            cu_seqlens.as<const int32_t>()};
+          run(Append{seqlens.size(0), k.size(-2), k.size(-1), v.size(-1), k.size(0), steps, k.dtype(), heads(k),
+                     heads(v), heads(k_cache), heads(v_cache), cache, rotary(cos, sin, interleaved), 0},
               target);
         });
 }
 
-// Descriptions with many parts are objects; a module's own, so that the block emulator can be loaded beside onepass._C.
+// A call of many parts is an object; a module's own, so that the block emulator can be loaded beside onepass._C.
 inline void bind_attention_call(py::module_& m) {
-  py::class_<Cache>(m, "Cache", py::module_local())
-      .def(py::init([](Pointer seqlens, int64_t keys, int64_t appended, int64_t slots, int64_t pages,
-                       Pointer block_table, int64_t blocks, Pointer batch_idx, Pointer leftpad, Pointer cu_seqlens) {
-        return Cache{at<const int32_t>(seqlens),
-                     keys,
-                     appended,
-                     slots,
-                     pages,
-                     at<const int32_t>(block_table),
-                     blocks,
-                     at<const int32_t>(batch_idx),
-                     at<const int32_t>(leftpad),
-                     at<const int32_t>(cu_seqlens)};
-      }));
-  py::class_<Rotary>(m, "Rotary", py::module_local())
-      .def(py::init([](Pointer cos, Pointer sin, int64_t positions, int64_t half, bool interleaved) {
-        return Rotary{at<const float>(cos), at<const float>(sin), positions, half, interleaved};
-      }));
   py::class_<Attention>(m, "Attention", py::module_local())
-      .def(py::init([](std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t> sizes, int dtype,
-                       const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v, const HeadsArgument& out,
-                       Pointer lse, const Cache& cache, const Rotary& rotary, bool rotary_ordered, int64_t window_left,
-                       int64_t window_right, float softcap, float scale, Pointer slopes, int64_t slopes_batch,
-                       Pointer sinks, int mask_kind, Pointer mask,
-                       std::tuple<int64_t, int64_t, int64_t, int64_t> mask_steps, Pointer tree, int num_threads) {
-        const auto [batch, n_heads, kv_heads, head_dim, value_dim, queries, tokens] = sizes;
-        const auto [mask_batch, mask_head, mask_row, mask_key] = mask_steps;
-        return Attention{batch,
-                         n_heads,
-                         kv_heads,
-                         head_dim,
-                         value_dim,
-                         queries,
-                         tokens,
-                         static_cast<DType>(dtype),
-                         heads(q),
-                         heads(k),
-                         heads(v),
-                         heads(out),
-                         at<float>(lse),
-                         cache,
-                         rotary,
-                         rotary_ordered,
-                         window_left,
-                         window_right,
-                         softcap,
-                         scale,
-                         at<const float>(slopes),
-                         slopes_batch,
-                         at<const float>(sinks),
-                         ScoreMask{static_cast<MaskKind>(mask_kind), at<const void>(mask), mask_batch, mask_head,
-                                   mask_row, mask_key},
-                         at<const uint8_t>(tree),
-                         num_threads};
+      .def(py::init([](const Array& q, const Array& k, const Array& v, const Array& out, const Array& lse,
+                       int64_t queries, const Array& seqlens, int64_t appended, const Array& block_table,
+                       const Array& batch_idx, const Array& leftpad, const Array& cu_seqlens, const Array& cos,
+                       const Array& sin, bool interleaved, bool rotary_ordered, bool causal, int64_t window_left,
+                       int64_t window_right, float softcap, float scale, const Array& slopes, const Array& sinks,
+                       const Array& mask, const Array& tree, int num_threads) {
+        const int64_t n_heads = q.size(-2);
+        return Attention{
+            seqlens ? seqlens.size(0) : q.size(0),
+            n_heads,
+            k.size(-2),
+            q.size(-1),
+            v.size(-1),
+            queries,
+            q.size(0),
+            q.dtype(),
+            heads(q),
+            heads(k),
+            heads(v),
+            heads(out),
+            lse.as<float>(),
+            Cache{seqlens.as<const int32_t>(), seqlens ? 0 : k.size(1), appended, k.size(1), k.size(0),
+                  block_table.as<const int32_t>(), block_table ? block_table.size(1) : 0, batch_idx.as<const int32_t>(),
+                  leftpad.as<const int32_t>(), cu_seqlens.as<const int32_t>()},
+            rotary(cos, sin, interleaved),
+            rotary_ordered,
+            window_left,
+            causal ? 0 : window_right,
+            softcap,
+            scale,
+            slopes.as<const float>(),
+            slopes && slopes.dims() == 2 ? n_heads : 0,
+            sinks.as<const float>(),
+            score_mask(mask),
+            tree.as<const uint8_t>(),
+            num_threads};
       }));
 }
 
@@ -210,6 +217,11 @@ inline void bind_composite_call(py::module_& m) {
 }
 
 inline void bind_calls(py::module_& m) {
+  Torch::get().load(true);
+  m.def("read_by_attributes", [](bool on) { Torch::get().load(!on); });
+  static PyMethodDef signature_method = {
+      "signature", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(signature)), METH_FASTCALL, nullptr};
+  PyModule_AddObject(m.ptr(), "signature", PyCFunction_New(&signature_method, nullptr));
   m.attr("KL_TILE") = KL_TILE;
   m.attr("DENOISE_COLUMNS") = static_cast<int>(COL_HISTORY);
   m.attr("MAX_HISTORY") = MAX_HISTORY;

@@ -61,9 +61,9 @@ void bind_volrend(py::module_& m) {
 }
 
 void bind_attention(py::module_& m) {
-  m.def("attention_workspace", cuda::attention_workspace);
-  m.def("attention_forward", [](const Attention& p, Pointer workspace, const Place& place) {
-    cuda::attention_forward(p, at<void>(workspace), on(place));
+  m.def("attention_forward", [](const Attention& p, const Array& q, const Place& place) {
+    const Scratch workspace(cuda::attention_workspace(p), q);
+    cuda::attention_forward(p, workspace.data(), on(place));
   });
   def_kvcache_append<Place>(m, [](const Append& p, const Place& place) { cuda::kvcache_append(p, on(place)); });
 }

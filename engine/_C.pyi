@@ -1,6 +1,8 @@
-"""Native kernels: see csrc/bindings.cpp. Pointers are integers, 0 for none."""
+"""Native kernels: see csrc/bindings.cpp. Tensors are read as they are; where a pointer is an int, 0 is none."""
 
 from typing import Any
+
+from torch import Tensor
 
 _Key = tuple[int, int, int]     # number, pointer to int64 values, step from row to row
 _Keys = tuple[_Key, ...]       # of seed, stream and offset
@@ -14,6 +16,8 @@ KL_TILE: int
 DENOISE_COLUMNS: int
 MAX_HISTORY: int
 
+def signature(gradients: bool, /, *arguments: Any) -> bytes | None: ...
+def read_by_attributes(on: bool, /) -> None: ...
 def cuda_devices() -> list[str]: ...
 cuda: Any       # where has_cuda: the functions below that have a CUDA kernel, with (device, stream) for num_threads
 
@@ -36,35 +40,25 @@ def denoise_step(
     guidance: tuple[float, int, int], seed: _Key, keys_per_row: bool, state: int, out: _Rows, num_threads: int, /,
 ) -> int: ...
 
-_Heads = tuple[int, int, int, int]      # pointer, elements to the next batch row, token and head
-
-class Cache:
-    def __init__(
-        self, seqlens: int, keys: int, appended: int, slots: int, pages: int, block_table: int, blocks: int,
-        batch_idx: int, leftpad: int, cu_seqlens: int, /,
-    ) -> None: ...
-
-class Rotary:
-    def __init__(self, cos: int, sin: int, positions: int, half: int, interleaved: bool, /) -> None: ...
-
 class Attention:
     def __init__(
-        self, sizes: tuple[int, int, int, int, int, int, int], dtype: int, q: _Heads, k: _Heads, v: _Heads,
-        out: _Heads, lse: int, cache: Cache, rotary: Rotary, rotary_ordered: bool, window_left: int,
-        window_right: int, softcap: float, scale: float, slopes: int, slopes_batch: int, sinks: int, mask_kind: int,
-        mask: int, mask_steps: tuple[int, ...], tree: int, num_threads: int, /,
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, queries: int, seqlens: Tensor | None,
+        appended: int, block_table: Tensor | None, batch_idx: Tensor | None, leftpad: Tensor | None,
+        cu_seqlens: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool, rotary_ordered: bool,
+        causal: bool, window_left: int, window_right: int, softcap: float, scale: float, slopes: Tensor | None,
+        sinks: Tensor | None, mask: Tensor | None, tree: Tensor | None, num_threads: int, /,
     ) -> None: ...
 
 def attention_workspace(call: Attention, /) -> int: ...
-def attention_forward(call: Attention, workspace: int, /) -> None: ...
-def attention_backward_workspace(forward: Attention, /) -> int: ...
+def attention_forward(call: Attention, q: Tensor, /) -> None: ...
 def attention_backward(
-    forward: Attention, grad_out: _Heads, grad_lse: int, dq: _Heads, dk: _Heads, dv: _Heads, top: int,
-    excess: int, delta: int, workspace: int, /,
+    forward: Attention, grad_out: Tensor, grad_lse: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, top: Tensor,
+    excess: Tensor, delta: Tensor, /,
 ) -> None: ...
 def kvcache_append(
-    sizes: tuple[int, int, int, int, int, int], dtype: int, k: _Heads, v: _Heads, k_cache: _Heads, v_cache: _Heads,
-    cache: Cache, rotary: Rotary, num_threads: int, /,
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, block_table: Tensor | None,
+    batch_idx: Tensor | None, cu_seqlens: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool,
+    num_threads: int, /,
 ) -> None: ...
 
 def read_bytes(source: int, bytes: int, num_threads: int, /) -> int: ...

@@ -6,19 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C, DTYPES, kernels, on_device, pointer
+from . import _C, kernels, on_device
 
-_NO_HEADS = (0, 0, 0, 0)
-_NO_ROTARY = (0, 0, 0, 0, True)
+_NO_CACHE = (None, 0, None, None, None, None)       # seqlens, appended, block_table, batch_idx, leftpad, cu_seqlens
+_NO_ROTARY = (None, None, True, False)              # cos, sin, interleaved, whether query i turns by its own position
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _heads(x: Tensor) -> tuple[int, int, int, int]:
-    """(pointer, elements to the next batch row, token and head) of [B, S, H, D] or [total, H, D]."""
-    return x.data_ptr(), x.stride(0) if x.dim() == 4 else 0, x.stride(-3), x.stride(-2)
+    return x if x.is_contiguous() or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _floats(x: Tensor | None) -> Tensor | None:
@@ -29,59 +24,36 @@ def _ints(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _rotary(cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> Any:
-    if cos is None:
-        return _C.Rotary(*_NO_ROTARY)
-    return _C.Rotary(pointer(cos), pointer(sin), cos.shape[0], cos.shape[1], interleaved)
-
-
-def _mask(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[int, Tensor | None, tuple[int, ...]]:
-    """(kind, the tensor that holds it, its strides over [B, H, Sq, Sk])."""
-    if mask is None:
-        return 0, None, _NO_HEADS
-    mask = mask if mask.dtype == torch.bool else mask.float()
-    return (1 if mask.dtype == torch.bool else 2), mask, mask.expand(shape).stride()
-
-
 def _describe(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, queries: int, cache: tuple[Any, ...], rotary: Any,
-    ordered: bool, causal: bool, window_left: int, window_right: int, softcap: float, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, queries: int, cache: tuple[Any, ...],
+    rotary: tuple[Any, ...], causal: bool, window_left: int, window_right: int, softcap: float, scale: float,
     alibi_slopes: Tensor | None, sinks: Tensor | None, mask: Tensor | None, tree: Tensor | None,
-) -> tuple[Any, list[Tensor | None]]:
+) -> tuple[Any, tuple[Tensor | None, ...]]:
     """The kernel's description of a call, and the tensors that it points into beside the given ones."""
-    seqlens, keys, appended, slots, pages, table, batch_idx, leftpad, cu_seqlens = cache
-    batch, heads = seqlens.shape[0] if seqlens is not None else q.shape[0], q.shape[-2]
-    kind, mask, steps = _mask(mask, (batch, heads, queries, keys))
-    slopes, sinks, tree = _floats(alibi_slopes), _floats(sinks), None if tree is None else tree.contiguous()
+    held = (
+        _floats(alibi_slopes), _floats(sinks), mask if mask is None or mask.dtype == torch.bool else mask.float(),
+        None if tree is None else tree.contiguous(),
+    )
     call = _C.Attention(
-        (batch, heads, k.shape[-2], q.shape[-1], v.shape[-1], queries, q.shape[0]), DTYPES[q.dtype], _heads(q),
-        _heads(k), _heads(v), _heads(out), lse.data_ptr(),
-        _C.Cache(
-            pointer(seqlens), keys, appended, slots, pages, pointer(table), 0 if table is None else table.shape[1],
-            pointer(batch_idx), pointer(leftpad), pointer(cu_seqlens),
-        ),
-        rotary, ordered, window_left, 0 if causal else window_right, softcap, scale, pointer(slopes),
-        0 if slopes is None or slopes.dim() == 1 else heads, pointer(sinks), kind, pointer(mask), steps, pointer(tree),
+        q, k, v, out, lse, queries, *cache, *rotary, causal, window_left, window_right, softcap, scale, *held,
         0 if on_device(q) else torch.get_num_threads(),
     )
-    return call, [mask, slopes, sinks, tree]
+    return call, held
 
 
 def _run(
     q: Tensor, k: Tensor, v: Tensor, queries: int, cache: tuple[Any, ...], *options: Any, out: Any
 ) -> tuple[Tensor, Tensor]:
-    heads = q.shape[-2]
     given = out[0] if out is not None else None
     direct = given is not None and given.stride(-1) == 1
     result = given if direct and given is not None else q.new_empty(*q.shape[:-1], v.shape[-1])
-    shape = (heads, q.shape[0]) if q.dim() == 3 else (q.shape[0], heads, queries)
-    lse = q.new_empty(shape, dtype=torch.float32)
+    heads = q.shape[-2]
+    lse = q.new_empty((heads, q.shape[0]) if q.dim() == 3 else (q.shape[0], heads, queries), dtype=torch.float32)
     if lse.numel():
         q = _unit_stride(q)
         call, held = _describe(q, k, v, result, lse, queries, cache, *options)
         native, place = kernels(q)
-        workspace = q.new_empty(native.attention_workspace(call), dtype=torch.uint8)
-        native.attention_forward(call, workspace.data_ptr(), *((place,) if on_device(q) else ()))
+        native.attention_forward(call, q, *((place,) if on_device(q) else ()))
         del held
     return (result if direct or given is None else given.copy_(result)), lse
 
@@ -97,13 +69,8 @@ def _gradient(
     delta = torch.zeros_like(lse) if grad_lse is None else -grad_lse.float().contiguous()
     if lse.numel() and k.numel():
         q, out, grad_out = _unit_stride(q), _unit_stride(out), _unit_stride(grad_out)
-        grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
         call, held = _describe(q, k, v, out, lse, queries, cache, *options)
-        workspace = q.new_empty(_C.attention_backward_workspace(call), dtype=torch.uint8)
-        _C.attention_backward(
-            call, _heads(grad_out), pointer(grad_lse), _heads(total), _heads(dk), _heads(dv), top.data_ptr(),
-            excess.data_ptr(), delta.data_ptr(), workspace.data_ptr(),
-        )
+        _C.attention_backward(call, grad_out, _floats(grad_lse), total, dk, dv, top, excess, delta)
         del held
     if sinks is None:
         return total.to(q.dtype), q.new_empty(0)
@@ -116,10 +83,9 @@ def forward(
     alibi_slopes: Tensor | None, sinks: Tensor | None, mask: Tensor | None, out: Any = None,
 ) -> tuple[Tensor, Tensor]:
     k, v = _unit_stride(k), _unit_stride(v)
-    cache = (None, k.shape[1], 0, k.shape[1], k.shape[0], None, None, None, None)
     return _run(
-        q, k, v, q.shape[1], cache, _C.Rotary(*_NO_ROTARY), False, causal, window_left, window_right, softcap, scale,
-        alibi_slopes, sinks, mask, None, out=out,
+        q, k, v, q.shape[1], _NO_CACHE, _NO_ROTARY, causal, window_left, window_right, softcap, scale, alibi_slopes,
+        sinks, mask, None, out=out,
     )
 
 
@@ -129,11 +95,10 @@ def backward(
     sinks: Tensor | None, mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     k, v = _unit_stride(k), _unit_stride(v)
-    cache = (None, k.shape[1], 0, k.shape[1], k.shape[0], None, None, None, None)
     dk, dv = k.new_zeros(k.shape), v.new_zeros(v.shape)
     dq, dsinks = _gradient(
-        grad_out, grad_lse, q, k, v, out, lse, q.shape[1], cache, dk, dv, _C.Rotary(*_NO_ROTARY), False, causal,
-        window_left, window_right, softcap, scale, alibi_slopes, sinks, mask, None,
+        grad_out, grad_lse, q, k, v, out, lse, q.shape[1], _NO_CACHE, dk, dv, _NO_ROTARY, causal, window_left,
+        window_right, softcap, scale, alibi_slopes, sinks, mask, None,
     )
     return dq, dk, dv, dsinks
 
@@ -145,19 +110,10 @@ def kvcache_append(
 ) -> None:
     if not k.numel():
         return
-    k, v, cos, sin = _unit_stride(k), _unit_stride(v), _floats(rotary_cos), _floats(rotary_sin)
-    seqlens, table, batch_idx, cu = (_ints(x) for x in (cache_seqlens, block_table, cache_batch_idx, cu_seqlens))
-    ragged = cu is not None
-    steps = k.shape[0] if ragged else k.shape[1]
-    cache = _C.Cache(
-        pointer(seqlens), 0, -1 if ragged else steps, k_cache.shape[1], k_cache.shape[0], pointer(table),
-        0 if table is None else table.shape[1], pointer(batch_idx), 0, pointer(cu),
-    )
     native, place = kernels(k)
     native.kvcache_append(
-        (cache_seqlens.shape[0], k.shape[-2], k.shape[-1], v.shape[-1], k.shape[0], steps), DTYPES[k.dtype], _heads(k),
-        _heads(v), _heads(k_cache), _heads(v_cache), cache, _rotary(cos, sin, rotary_interleaved),
-        place,
+        _unit_stride(k), _unit_stride(v), k_cache, v_cache, cache_seqlens.contiguous(), _ints(block_table),
+        _ints(cache_batch_idx), _ints(cu_seqlens), _floats(rotary_cos), _floats(rotary_sin), rotary_interleaved, place,
     )
 
 
@@ -168,13 +124,13 @@ def kvcache_attention(
     window_right: int, softcap: float, scale: float, alibi_slopes: Tensor | None, sinks: Tensor | None,
     tree_mask: Tensor | None, out: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    cos, sin = _floats(rotary_cos), _floats(rotary_sin)
-    seqlens, table, batch_idx, leftpad, cu = (
-        _ints(x) for x in (cache_seqlens, block_table, cache_batch_idx, cache_leftpad, cu_seqlens_q)
+    cache = (
+        cache_seqlens.contiguous(), appended, _ints(block_table), _ints(cache_batch_idx), _ints(cache_leftpad),
+        _ints(cu_seqlens_q),
     )
-    cache = (seqlens, 0, appended, k_cache.shape[1], k_cache.shape[0], table, batch_idx, leftpad, cu)
     ordered = causal or window_left >= 0 or window_right >= 0 or tree_mask is not None
+    rotary = (_floats(rotary_cos), _floats(rotary_sin), rotary_interleaved, ordered)
     return _run(
-        q, k_cache, v_cache, max_seqlen_q, cache, _rotary(cos, sin, rotary_interleaved), ordered, causal, window_left,
-        window_right, softcap, scale, alibi_slopes, sinks, None, tree_mask, out=out,
+        q, k_cache, v_cache, max_seqlen_q, cache, rotary, causal, window_left, window_right, softcap, scale,
+        alibi_slopes, sinks, None, tree_mask, out=out,
     )

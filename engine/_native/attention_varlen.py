@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor
 
-from . import _C
 from .attention import _NO_ROTARY, _gradient, _run, _unit_stride
 
 
@@ -18,12 +17,12 @@ def forward(
     if block_table is None:     # every row's cache is all of k, its keys are slots [cu_k[b], cu_k[b + 1])
         batch = cu_k.shape[0] - 1
         k, v = (_unit_stride(x).expand(batch, *x.shape) for x in (k, v))
-        cache: tuple[Any, ...] = (cu_k[1:], 0, 0, k.shape[1], batch, None, None, cu_k[:-1], cu_q)
+        cache: tuple[Any, ...] = (cu_k[1:], 0, None, None, cu_k[:-1], cu_q)
     else:
-        cache = (cu_k.diff(), 0, 0, k.shape[1], k.shape[0], block_table.contiguous(), None, None, cu_q)
+        cache = (cu_k.diff(), 0, block_table.contiguous(), None, None, cu_q)
     return _run(
-        q, k, v, max_seqlen_q, cache, _C.Rotary(*_NO_ROTARY), False, causal, window_left, window_right, softcap, scale,
-        alibi_slopes, sinks, None, None, out=out,
+        q, k, v, max_seqlen_q, cache, _NO_ROTARY, causal, window_left, window_right, softcap, scale, alibi_slopes,
+        sinks, None, None, out=out,
     )
 
 
@@ -36,10 +35,9 @@ def backward(
     batch = cu_k.shape[0] - 1
     dk, dv = k.new_zeros(k.shape), v.new_zeros(v.shape)
     keys, values, key_grads, value_grads = (_unit_stride(x).expand(batch, *x.shape) for x in (k, v, dk, dv))
-    cache = (cu_k[1:], 0, 0, k.shape[0], batch, None, None, cu_k[:-1], cu_q)
+    cache = (cu_k[1:], 0, None, None, cu_k[:-1], cu_q)
     dq, dsinks = _gradient(
         grad_out, grad_lse, q, keys, values, out, lse, max_seqlen_q, cache, key_grads, value_grads,
-        _C.Rotary(*_NO_ROTARY), False, causal, window_left, window_right, softcap, scale, alibi_slopes, sinks, None,
-        None,
+        _NO_ROTARY, causal, window_left, window_right, softcap, scale, alibi_slopes, sinks, None, None,
     )
     return dq, dk, dv, dsinks
