@@ -28,7 +28,7 @@ MODULES = {     # what knows Python; and device code with its launchers, a libra
     "emulated_faults": ([HERE / "faults_module.cpp"], [HERE / "faults.cu", HERE / "fragments.cu"]),
     "emulated_kernels": (BINDINGS, KERNELS),
 }
-EMULATOR = [HERE / "emulator" / "emulator.cpp", HERE / "emulator" / "runtime.cpp"]
+EMULATOR = sorted((HERE / "emulator").glob("*.cpp"))
 SANITIZERS = {"plain": [], "address": ["-fsanitize=address"], "thread": ["-fsanitize=thread"]}
 ORDERS = ("ascending", "descending", "shuffled")
 VARIANT = os.environ.get("ONEPASS_EMULATOR", "plain")
