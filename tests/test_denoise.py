@@ -1,4 +1,4 @@
-"""denoise_step on every backend: values, noise, history, inpainting, and the rules that every op keeps."""
+"""denoise_step on every backend: values, noise, history, inpainting, batches, views and instruction sets."""
 from __future__ import annotations
 
 import math
@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import onepass
-from onepass import DenoisePlan, denoise_step, plans
+from onepass import denoise_step, plans
 from onepass.plans import Row
-from onepass.plans.plan import Level
 
 import cases
+from denoise_rows import NOISE, PLAN, ROWS, inputs, plain_batch, plan_of
 from helpers import (
     ALL_BACKENDS,
     INTERPRETED,
@@ -22,54 +22,8 @@ from helpers import (
     KERNELS,
     assert_as_good_as_torch,
     device_of,
-    needs_native,
     run_python,
 )
-
-NOISE = 2 << 56         # the stream of step 0
-
-
-def plan_of(*rows: Row) -> DenoisePlan:
-    return DenoisePlan.build("own", rows, torch.arange(len(rows)), [Level(1.0, 1.0)] * (len(rows) + 1))
-
-
-# Every feature of a row, alone and together.
-ROWS = (
-    Row(x=0.9, m=-0.4),
-    Row(x=0.3, u=0.8, p=1.1, q=-0.6, limit=0.7),
-    Row(x=0.5, m=0.2, z=0.7, number=3),
-    Row(x=0.6, m=-0.3, p=0.9, q=-0.2, slot=0, history=(0.4, 0.0)),
-    Row(x=0.7, m=0.1, u=0.3, z=0.2, p=0.4, q=0.8, limit=0.5, slot=1, history=(-0.3, 0.25), number=5),
-    Row(z=1.0, number=6),
-    Row(m=1.0),
-    Row(x=1.0, history=(0.0, 2.0)),
-)
-PLAN = plan_of(*ROWS)
-
-
-def inputs(shape, dtype=torch.float32, seed=0, device="cpu"):
-    """sample, uncond, cond, noise, known, state, mask"""
-    g = torch.Generator().manual_seed(seed)
-    randn = lambda size: torch.randn(size, generator=g).to(device, dtype)
-    mask = torch.rand(shape, generator=g)
-    mask = torch.where(mask < 0.3, 0.0, torch.where(mask > 0.7, 1.0, mask)).to(device, dtype)
-    return (*(randn(shape) for _ in range(5)), randn((shape[0], PLAN.slots, *shape[1:])), mask)
-
-
-def plain(x, u, c, z, known, state, mask, row, g):
-    """What one writes without onepass, of one row of the batch; the state is changed."""
-    m = u + g * (c - u)
-    kept = torch.clamp(row.p * x + row.q * m, -row.limit, row.limit)
-    prev = row.x * x + row.m * m + row.u * kept + row.z * z
-    for j, h in enumerate(row.history):
-        prev = prev + h * state[j]
-    if row.slot >= 0:
-        state[row.slot] = kept
-    return mask * prev + (1 - mask) * known
-
-
-def plain_batch(tensors, steps, guidance):
-    return torch.stack([plain(*(t[b] for t in tensors), ROWS[s], guidance[b]) for b, s in enumerate(steps)])
 
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
@@ -291,21 +245,6 @@ def test_views_and_strides(backend, data):
 
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
-def test_out_may_be_the_sample_or_a_view(backend):
-    x, m, _, z, _, state, _ = inputs((4, 3, 21), device=device_of(backend))
-    plan = PLAN.to(x.device)
-    expected = denoise_step(x, m, plan, 4, state=state.clone(), noise=z, backend=backend)
-    wide = torch.full((4, 5, 25), math.nan, device=x.device)
-    for out in (x.clone(), torch.empty_like(x), wide[:, 1:4, 2:23], x.new_empty(3, 4, 21).transpose(0, 1)):
-        out.copy_(x)
-        got = denoise_step(out, m, plan, 4, state=state.clone(), noise=z, out=out, backend=backend)
-        assert got is out
-        assert torch.equal(got, expected)
-    assert wide[:, 0].isnan().all()
-    assert wide[:, :, 23:].isnan().all()
-
-
-@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("shape", [shape for shape in cases.LATENTS if not math.prod(shape)])
 def test_empty_batches_and_samples(shape, backend):
     x = torch.zeros(shape, device=device_of(backend))
@@ -318,7 +257,7 @@ def test_empty_batches_and_samples(shape, backend):
 
 
 ISA_CODE = """
-import torch, test_denoise as t
+import torch, denoise_rows as t
 from onepass import _native, denoise_step
 assert _native._C.isa == {isa!r}
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -341,153 +280,3 @@ print("ok")
 def test_every_instruction_set(isa):
     path = {"PYTHONPATH": __file__.rpartition("/")[0]}
     assert run_python(ISA_CODE.format(isa=isa), ONEPASS_CPU_ISA=isa, **path).strip() == "ok"
-
-
-def test_gradients_come_from_the_reference():
-    x, u, c, z, known, state, mask = (t.double() for t in inputs((8, 2, 3)))
-    leaves = [t.requires_grad_() for t in (x, u, c, z, known)]
-    steps = torch.arange(8)
-
-    def f(x, u, c, z, known):
-        mine = state.clone()
-        prev = denoise_step(x, (u, c), PLAN, steps, state=mine, guidance=2.0, noise=z, mask=mask, known=known)
-        return prev, mine
-
-    assert torch.autograd.gradcheck(f, leaves)
-    single = x.detach().float().requires_grad_()
-    plan = plans.dpmpp_2m(4)
-
-    def loop(backend):          # the gradient also flows through the history
-        value, history = single, plan.new_state(single)
-        for i in range(4):
-            value = denoise_step(value, value.sin(), plan, i, state=history, backend=backend)
-        return value
-
-    chosen = loop(None)
-    with torch.no_grad():
-        torch.testing.assert_close(chosen, loop("cpu" if ISAS else "reference"))
-    assert torch.autograd.grad(chosen.sum(), single)[0].abs().sum() > 0
-    if ISAS:
-        with pytest.raises(ValueError, match="backend='cpu' cannot take this call: a gradient is needed"):
-            loop("cpu")
-
-
-@pytest.mark.parametrize("backend", ALL_BACKENDS)
-def test_library_op(backend):
-    x, u, c, z, known, state, mask = inputs((3, 7), device=device_of(backend))
-    rows, table = torch.arange(3, device=x.device), PLAN.to(x.device).table
-    for steps, noise, cond in ((None, z, c), (rows + 2, None, None)):
-        args = (x, u, cond, table, 4, steps, state, 2.0, None, 5, rows, noise, True, mask, known)
-        torch.library.opcheck(torch.ops.onepass.denoise_step.default, args, {"backend": backend})
-
-
-def test_compile_fake_make_fx_vmap_autocast():
-    torch._dynamo.reset()
-    x, u, c, z, _, state, _ = inputs((3, 7))
-    plan = plans.dpmpp_2m(6) + plans.ddim(4, eta=1.0)
-
-    def f(x, u, c, steps, seeds, state):
-        return denoise_step(x * 2, (u, c), plan, steps, state=state, guidance=3.0, seed=seeds).sin()
-
-    state = state[:, :1].contiguous()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(f, fullgraph=True, backend=counter)
-    for first in (0, 3, 6):
-        steps, mine, theirs = torch.arange(3) + first, state.clone(), state.clone()
-        torch.testing.assert_close(compiled(x, u, c, steps, steps, mine), f(x, u, c, steps, steps, theirs))
-        assert torch.equal(mine, theirs)
-    assert counter.frame_count == 1
-    leaf = x.clone().requires_grad_()               # with a gradient the reference is traced
-    g = lambda x: denoise_step(x, u, plan, torch.tensor([7, 8, 9]), state=state.clone(), noise=z).sum()
-    torch.testing.assert_close(torch.autograd.grad(torch.compile(g, fullgraph=True, backend="aot_eager")(leaf), leaf),
-                               torch.autograd.grad(g(leaf), leaf))
-
-    with torch._subclasses.FakeTensorMode():
-        fake, imagined = torch.empty(3, 7), plans.dpmpp_2m(6)
-        assert denoise_step(fake, fake, imagined, 0, state=imagined.new_state(fake)).shape == (3, 7)
-    steps = torch.arange(3)
-    traced = torch.fx.experimental.proxy_tensor.make_fx(f)(x, u, c, steps, steps, state.clone())
-    torch.testing.assert_close(traced(x, u, c, steps, steps, state.clone()), f(x, u, c, steps, steps, state.clone()))
-    run = lambda x, m: denoise_step(x[None], m[None], plans.ddim(4), 2)[0]
-    torch.testing.assert_close(torch.func.vmap(run)(x, u), denoise_step(x, u, plans.ddim(4), 2))
-    torch.testing.assert_close(torch.func.grad(lambda x: run(x, u[0]).sum())(x[0]),
-                               torch.autograd.functional.jacobian(lambda x: run(x, u[0]).sum(), x[0]))
-    expected = run(x, u)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(run(x, u), expected)
-
-
-def test_compiles_with_inductor():
-    torch._dynamo.reset()
-    x, m, *_ = inputs((3, 7))
-    plan = plans.dpmpp_2m(6)
-    state = plan.new_state(x)
-    f = torch.compile(lambda x, m, s: denoise_step(x, m, plan, 2, state=s).sin(), fullgraph=True)
-    again = state.clone()
-    torch.testing.assert_close(f(x, m, state), denoise_step(x, m, plan, 2, state=again).sin())
-    assert torch.equal(state, again)
-
-
-X = torch.zeros(2, 3)
-
-
-@pytest.mark.parametrize(("change", "error", "text"), [
-    ({"sample": 3}, TypeError, "sample is int, expected a tensor"),
-    ({"sample": torch.zeros(())}, ValueError, r"sample has shape \(\), expected \[B, \.\.\.\]"),
-    ({"sample": X.long()}, TypeError, "sample has dtype torch.int64, expected float32"),
-    ({"plan": PLAN.table}, TypeError, "plan is Tensor, expected a DenoisePlan"),
-    ({"plan": PLAN.to("meta")}, ValueError, "plan is on meta, expected the device of sample, cpu"),
-    ({"model_output": torch.zeros(3, 3)}, ValueError, r"model_output has shape \(3, 3\), expected that of sample"),
-    ({"model_output": (X, X, X)}, ValueError, r"model_output has 3 parts, expected \(uncond, cond\)"),
-    ({"model_output": (X, X)}, ValueError, "model_output is a pair, expected a guidance with it"),
-    ({"model_output": torch.zeros(4, 3)}, ValueError, r"model_output has shape \(4, 3\).*with guidance twice as many"),
-    ({"model_output": (X, X.half()), "guidance": 2.0}, TypeError, r"model_output\[1\] has dtype torch.float16"),
-    ({"model_output": (X, X), "guidance": "3"}, TypeError, "guidance is str, expected a number"),
-    ({"model_output": (X, X), "guidance": torch.ones(3)}, ValueError, r"guidance has shape \(3,\), expected \(\) or"),
-    ({"guidance": 2.0}, ValueError, "guidance is given with one model_output"),
-    ({"step": 8}, ValueError, r"step=8, expected 0 \.\. 7"),
-    ({"step": -1}, ValueError, r"step=-1, expected 0 \.\. 7"),
-    ({"step": torch.tensor([0, 8])}, ValueError, r"step has values 0 \.\. 8, expected 0 \.\. 7"),
-    ({"step": torch.tensor([0.0, 1.0])}, TypeError, "step has dtype torch.float32, expected an int or an int64 tensor"),
-    ({"step": torch.arange(3)}, ValueError, r"step has shape \(3,\), expected \(\) or \(2,\)"),
-    ({"state": None}, ValueError, r"state is None, expected plan.new_state\(sample\), of shape \(2, 2, 3\)"),
-    ({"state": torch.zeros(2, 1, 3)}, ValueError, r"state has shape \(2, 1, 3\), expected \(2, 2, 3\)"),
-    ({"state": torch.zeros(2, 2, 3).half()}, TypeError, "state has dtype torch.float16"),
-    ({"state": torch.zeros(2, 3, 2).transpose(1, 2)}, ValueError, "state has strides .* expected a contiguous tensor"),
-    ({"plan": plans.ddim(8)}, ValueError, "state is given, expected None"),
-    ({"seed": 1, "noise": X}, ValueError, "noise and seed are both given"),
-    ({"seed": torch.arange(3)}, ValueError, r"seed has shape \(3,\), expected \(\) or \(2,\)"),
-    ({"noise": torch.zeros(2, 4)}, ValueError, r"noise has shape \(2, 4\)"),
-    ({"mask": X.bool()}, ValueError, "known is None, expected mask and known together"),
-    ({"known": X}, ValueError, "mask is None, expected mask and known together"),
-    ({"mask": X.long(), "known": X}, TypeError, "mask has dtype torch.int64"),
-    ({"mask": torch.zeros(2, 2), "known": X}, ValueError, r"mask has shape \(2, 2\), expected one that broadcasts"),
-    ({"mask": torch.zeros(1, 2, 3), "known": X}, ValueError, r"mask has shape \(1, 2, 3\), expected one that"),
-    ({"out": X.half()}, TypeError, "out has dtype torch.float16, expected torch.float32"),
-    pytest.param({"backend": "triton"}, ValueError, "backend='triton' cannot take this call: .* (installed|on cpu)",
-                 marks=pytest.mark.skipif(INTERPRETED, reason="the interpreter takes CPU tensors")),
-])
-def test_bad_input_writes_nothing(change, error, text):
-    state, out = torch.full((2, 2, 3), 7.0), torch.full((2, 3), 7.0)
-    args = {"sample": X, "model_output": X, "plan": PLAN, "step": 4, "state": state, "out": out}
-    with pytest.raises(error, match=text):
-        denoise_step(**{**args, **change})
-    assert (state == 7).all()
-    assert (out == 7).all()
-
-
-@needs_native
-def test_the_kernel_checks_steps_that_no_check_saw():
-    state = torch.full((2, 2, 3), 7.0)
-    args = (X, X, None, PLAN.table, 0, torch.tensor([3, 99]), state, 1.0, None, 0, None, X, True, None, None)
-    with pytest.raises(ValueError, match=r"step of row 1 is 99, expected 0 \.\. 7"):
-        torch.ops.onepass.denoise_step(*args, backend="cpu")
-    assert (state == 7).all()
-
-
-@needs_native
-def test_backends_that_refuse_say_why():
-    with pytest.raises(ValueError, match=r"dtype is torch\.float64, the kernel takes"):
-        denoise_step(X.double(), X.double(), plans.ddim(4), 0, backend="cpu")
-    with pytest.raises(ValueError, match=r"model_output is torch\.float32 with a torch\.bfloat16 sample"):
-        denoise_step(X.bfloat16(), X, plans.ddim(4), 0, backend="cpu")

@@ -24,7 +24,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 BINDINGS = [HERE / "kernels_module.cpp", ROOT / "csrc" / "bindings_cuda.cpp", ROOT / "csrc" / "attention.cpp"]
 KERNELS = [path for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if path.stem != "device"]
-MODULES = {     # what knows Python; and device code with its launchers, a library of its own (see emulator.cpp)
+MODULES = {     # what knows Python; and device code with its launchers, a library of its own (see poison_shared)
     "emulated_faults": ([HERE / "faults_module.cpp"], [HERE / "faults.cu", HERE / "fragments.cu"]),
     "emulated_kernels": (BINDINGS, KERNELS),
 }

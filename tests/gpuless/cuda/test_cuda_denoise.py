@@ -10,7 +10,7 @@ from onepass import denoise_step
 
 import cases
 from helpers import assert_as_good_as_torch
-from test_denoise import PLAN, ROWS, inputs, plain_batch
+from denoise_rows import PLAN, ROWS, inputs, plain_batch
 
 
 def on(device, tensors):

@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.skipif(emulated.VARIANT != "plain" or "ONEPASS_EMULATED" in os.environ, reason="runs in itself"),
 ]
 PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--capture=sys"]       # sanitizers write to file 2
-SUITES = ("test_denoise.py", "test_reparam.py", "test_volrend.py")
+SUITES = ("test_denoise.py", "test_denoise_api.py", "test_reparam.py", "test_volrend.py")
 CASES = ("test_cuda_denoise.py", "test_cuda_reparam.py", "test_cuda_volrend.py", "test_cuda_attention.py")
 
 
