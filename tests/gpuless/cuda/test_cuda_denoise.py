@@ -9,8 +9,8 @@ import torch
 from onepass import denoise_step
 
 import cases
-from helpers import assert_as_good_as_torch
 from denoise_rows import PLAN, ROWS, inputs, plain_batch
+from helpers import assert_as_good_as_torch
 
 
 def on(device, tensors):
