@@ -119,13 +119,6 @@ def rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor, k: Tensor | None) 
         raise ValueError(f"rotary_cos has shape {tuple(cos.shape)}, expected [1 or more, 1 to head dim / 2 = {limit}]")
 
 
-def readable(*tensors: Tensor | None) -> bool:
-    """Whether the host may read these values now: real tensors in host memory, not while compiling or tracing."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return all(x is None or (type(x) is Tensor and x.device.type == "cpu") for x in tensors)
-
-
 def cache_values(
     cache: Tensor,                          # [Bc, capacity, ...] or [pages, page_size, ...] with block_table
     cache_seqlens: Tensor,                  # [B]
@@ -138,8 +131,8 @@ def cache_values(
     tokens: int,                            # rows of q when ragged
     positions: int | None,                  # of the rotary table
 ) -> None:
-    """Raises ValueError where a value points outside the cache; values on a device are not read."""
-    if not readable(cache_seqlens, block_table, cache_batch_idx, cache_leftpad, cu_seqlens_q):
+    """Raises ValueError where a value points outside the cache; on a device only with ONEPASS_CHECK=1."""
+    if not check.checkable(cache_seqlens, block_table, cache_batch_idx, cache_leftpad, cu_seqlens_q):
         return
     lengths = cache_seqlens.tolist()
     counts = [max_seqlen_q] * len(lengths)
@@ -178,6 +171,7 @@ def pages_exist(cache: Tensor, lengths: list[int], block_table: Tensor) -> None:
     """Raises ValueError where a page that holds some of a row's `lengths` keys is none of the cache's."""
     if not block_table.numel():
         return
+    block_table = block_table.cpu()
     low, high = torch.aminmax(block_table)
     if int(low) >= 0 and int(high) < cache.shape[0]:
         return
@@ -204,8 +198,8 @@ def varlen_values(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
     block_table: Tensor | None, *rest: Any,
 ) -> None:
-    """Raises ValueError where a row reaches outside q, k or its pages; values on a device are not read."""
-    if not readable(cu_seqlens_q, cu_seqlens_k, block_table):
+    """Raises ValueError where a row reaches outside q, k or its pages; on a device only with ONEPASS_CHECK=1."""
+    if not check.checkable(cu_seqlens_q, cu_seqlens_k, block_table):
         return
     paged = block_table is not None
     queries = rising("cu_seqlens_q", cu_seqlens_q, q.shape[0], "rows of q")

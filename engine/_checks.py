@@ -1,12 +1,15 @@
 """Argument checks that the public functions share. Each error names the argument, what came and what is allowed."""
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# With ONEPASS_CHECK=1 a call on a device waits for lengths, pages, offsets and steps and checks them as in host memory.
+ON_DEVICES = os.environ.get("ONEPASS_CHECK") == "1"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -45,6 +48,28 @@ def is_out(
         raise ValueError(f"{name} is on {x.device}, expected {device}")
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError(f"{name} requires a gradient: a result written into it has none")
+
+
+def on_host(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+def readable(*tensors: Tensor | None) -> bool:
+    """Whether the host may read these values now: real tensors in host memory, not while compiling or tracing."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(x is None or (type(x) is Tensor and on_host(x)) for x in tensors)
+
+
+def checkable(*tensors: Tensor | None) -> bool:
+    """The same of values that are read to be checked: with ONEPASS_CHECK=1 on a device too, but not in a capture."""
+    if readable(*tensors):
+        return True
+    if not ON_DEVICES or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if any(x is not None and (type(x) is not Tensor or x.is_meta) for x in tensors):
+        return False
+    return not (any(x is not None and x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing())
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

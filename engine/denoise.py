@@ -101,7 +101,7 @@ def _step(step: int | Tensor, plan: DenoisePlan, sample: Tensor) -> tuple[int, T
     if steps is None:
         if not 0 <= number < len(plan):
             raise ValueError(f"step={number}, expected 0 .. {len(plan) - 1}, a row of the plan")
-    elif type(steps) is Tensor and steps.device.type == "cpu" and _concrete():
+    elif check.checkable(steps) and not torch._C._len_torch_dispatch_stack():
         values = steps.reshape(-1).tolist()
         if values and not (min(values) >= 0 and max(values) < len(plan)):
             raise ValueError(f"step has values {min(values)} .. {max(values)}, expected 0 .. {len(plan) - 1}, "
@@ -176,12 +176,6 @@ def _known(mask: Tensor | None, known: Tensor | None, sample: Tensor) -> tuple[T
     if mask.device != sample.device:
         raise ValueError(f"mask is on {mask.device}, expected the device of sample, {sample.device}")
     return mask, known
-
-
-def _concrete() -> bool:
-    """Whether values of host tensors can be read: no tracing and no transform is going on."""
-    return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-                or torch._C._functorch.peek_interpreter_stack() is not None)
 
 
 def _differentiates(*xs: object) -> bool:

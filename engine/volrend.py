@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _checks as check
 from ._ops import call
-from .reference.volrend import DEPTHS
+from .reference.volrend import DEPTHS, offsets_error
 
 
 class Rendering(NamedTuple):
@@ -123,6 +123,10 @@ def _check_samples(name: str, density: Tensor, ray_offsets: Tensor | None) -> in
     if ray_offsets.dim() != 1 or ray_offsets.shape[0] < 1:
         raise ValueError(f"ray_offsets has shape {tuple(ray_offsets.shape)}, expected (n_rays + 1,)")
     _is_on("ray_offsets", ray_offsets, name, density)
+    # In host memory the implementations look at the values, once; on a device the kernels cut off what is out of range.
+    device = not check.on_host(ray_offsets) and check.checkable(ray_offsets)
+    if device and (why := offsets_error(ray_offsets.cpu(), density.shape[0])):
+        raise ValueError(why)
     return ray_offsets.shape[0] - 1
 
 

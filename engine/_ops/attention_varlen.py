@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import _attention_checks as expect
+from .. import _checks as check
 from . import library
 from .attention import lse_dtype
 
@@ -52,7 +52,7 @@ torch.library.register_autograd("onepass::attention_varlen_forward", _gradient, 
 
 def _pairs(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int) -> int:
     """Pairs of a query and a key; from the longest rows where lengths may not be read."""
-    if expect.readable(cu_seqlens_q, cu_seqlens_k):
+    if check.readable(cu_seqlens_q, cu_seqlens_k):
         return int((cu_seqlens_q.diff().long() * cu_seqlens_k.diff()).sum())
     return (cu_seqlens_q.shape[0] - 1) * max_seqlen_q * max_seqlen_k
 

@@ -13,7 +13,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from ... import _attention_checks as expect
+from ... import _checks as check
 
 
 def attention_mask(
@@ -52,7 +52,7 @@ def attention_mask(
     if padding is None:
         return None
     padding = padding[:, kv_offset : kv_offset + kv_length]
-    return _told(padding) if expect.readable(padding) else padding
+    return _told(padding) if check.readable(padding) else padding
 
 
 def _told(padding: Tensor) -> Tensor | None:

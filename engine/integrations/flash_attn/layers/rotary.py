@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from .... import _attention_checks as expect
+from .... import _checks as check
 from ....reference.kvcache import rotate, rows_and_steps
 
 
@@ -25,7 +26,7 @@ def apply_rotary_emb(x, cos, sin, interleaved=False, inplace=False, seqlen_offse
     rows, steps = rows_and_steps(x, cu_seqlens)
     offsets = seqlen_offsets.long()[rows] if isinstance(seqlen_offsets, Tensor) else seqlen_offsets
     position = (steps + offsets).expand(x.shape[:-2])
-    if expect.readable(position) and position.numel():
+    if check.checkable(position) and position.numel():
         first, last = (int(p) for p in torch.aminmax(position))
         if first < 0 or last >= cos.shape[0]:
             raise ValueError(f"cos has {cos.shape[0]} positions, this call reaches {first} to {last}")
