@@ -96,6 +96,17 @@ class Array {
     return reinterpret_cast<T*>(static_cast<char*>(seen_.data) + seen_.byte_offset);
   }
 
+  bool on_host() const { return seen_.device_type == dlpack::CPU; }
+
+  bool contiguous() const {
+    int64_t step = 1;
+    for (int dim = dims() - 1; dim >= 0; --dim) {
+      if (size(dim) != 1 && stride(dim) != step) return false;
+      step *= size(dim);
+    }
+    return true;
+  }
+
   bool is_bool() const { return seen_.kind == dlpack::BOOL; }
 
   DType dtype() const {

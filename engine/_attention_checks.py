@@ -72,10 +72,10 @@ def without_gradient(name: str, x: Tensor | None) -> None:
         raise ValueError(f"{name} requires a gradient, which attention does not give: pass {name}.detach()")
 
 
-def mask(x: Tensor | None, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor | None:
-    """The mask with four dims, each 1 or that of [B, H, Sq, Sk]."""
+def is_mask(x: Tensor | None, q: Tensor, shape: tuple[int, int, int, int]) -> None:
+    """At most four dims, each 1 or that of [B, H, Sq, Sk]."""
     if x is None:
-        return None
+        return
     if not isinstance(x, Tensor):
         raise TypeError(f"mask is {type(x).__name__}, expected a bool or floating tensor")
     if x.dtype != torch.bool:
@@ -86,7 +86,6 @@ def mask(x: Tensor | None, q: Tensor, shape: tuple[int, int, int, int]) -> Tenso
     full = (1,) * (4 - x.dim()) + tuple(x.shape)
     if x.dim() > 4 or any(n not in (1, wanted) for n, wanted in zip(full, shape, strict=True)):
         raise ValueError(f"mask has shape {tuple(x.shape)}, expected one that broadcasts to [B, H, Sq, Sk] = {shape}")
-    return x.reshape(full)
 
 
 def is_index(name: str, x: Tensor | None, shape: tuple[int | None, ...], q: Tensor, meaning: str) -> None:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from . import _attention_checks as expect
 from . import _checks as check
-from ._ops import call
+from ._native import cache_fits
+from ._ops import call, keep, recall, route, signature
 
 
 def attention(
@@ -34,6 +35,26 @@ def attention(
     of -inf (its sink's logit, if it has one). Gradients flow to q, k, v and sinks. Under autocast q, k and v are cast.
     Raises ValueError or TypeError where shapes, dtypes, devices or options do not fit.
     """
+    key = signature("attention", q, k, v, causal, window, softcap, scale, alibi_slopes, sinks, mask, out, backend)
+    if (known := recall(key)) is None:
+        q, k, v, options = _checked(q, k, v, window, softcap, scale, alibi_slopes, sinks, mask, out)
+    else:
+        run, options = known
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.dim())]
+    args = (q, k, v, causal, *options, alibi_slopes, sinks, mask)
+    if known is None:
+        run = route("attention_forward", args, backend)
+        keep(key, (run, options))
+    result, lse = run(*args) if out is None else run(*args, out=(out, None))
+    return (result, lse) if return_lse else result
+
+
+def _checked(
+    q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int], softcap: float, scale: float | None,
+    alibi_slopes: Tensor | None, sinks: Tensor | None, mask: Tensor | None, out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, int, float, float]]:
+    """q, k and v as they are to be read, and (window_left, window_right, softcap, scale)."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         expect.is_rank(name, x, "B, S, H, D")
     q, k, v = autocast(q, k, v)
@@ -43,15 +64,11 @@ def attention(
     expect.is_size("v", v, 1, k.shape[1], "the keys of k")
     expect.heads(q, k, v, ("k", "v"))
     batch, sq, n_heads, head_dim = q.shape
-    left, right, cap, scale = expect.options(window, softcap, scale, head_dim)
+    options = expect.options(window, softcap, scale, head_dim)
     expect.per_head(q, n_heads, batch, alibi_slopes, sinks)
-    mask = expect.mask(mask, q, (batch, n_heads, sq, k.shape[1]))
+    expect.is_mask(mask, q, (batch, n_heads, sq, k.shape[1]))
     check.is_out(out, (batch, sq, n_heads, v.shape[3]), q.dtype, q.device)
-    result, lse = call(
-        "attention_forward", q, k, v, causal, left, right, cap, scale, alibi_slopes, sinks, mask,
-        backend=backend, out=None if out is None else (out, None),
-    )
-    return (result, lse) if return_lse else result
+    return q, k, v, options
 
 
 def attention_with_kvcache(
@@ -93,6 +110,52 @@ def attention_with_kvcache(
     Raises ValueError or TypeError before anything is written; values on a GPU are not read: what is out of range there
     is skipped.
     """
+    key = signature(
+        "kvcache", q, k_cache, v_cache, k, v, "int" if type(cache_seqlens) is int else cache_seqlens, block_table,
+        cache_batch_idx, cache_leftpad, cu_seqlens_q, max_seqlen_q, rotary_cos, rotary_sin, rotary_interleaved, causal,
+        window, softcap, scale, alibi_slopes, sinks, tree_mask, k_scale, v_scale, out, workspace, backend,
+    )
+    if (known := recall(key)) is None:
+        q, k, v, (batch, longest, appended), options = _checked_kvcache(
+            q, k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, cu_seqlens_q,
+            max_seqlen_q, rotary_cos, rotary_sin, window, softcap, scale, alibi_slopes, sinks, tree_mask, k_scale,
+            v_scale, out, workspace,
+        )
+    else:
+        append, attend, (batch, longest, appended), options = known
+    seqlens = _seqlens(cache_seqlens, batch, q)
+    places = (block_table, cache_batch_idx, cache_leftpad, cu_seqlens_q, longest)
+    positions = None if rotary_cos is None else rotary_cos.shape[0]
+    if known is None or not cache_fits(k_cache, seqlens, appended, *places, q.shape[0], positions):
+        expect.cache_values(k_cache, seqlens, appended, *places, q.shape[0], positions)
+
+    rotary = (rotary_cos, rotary_sin, rotary_interleaved)
+    new = (k_cache, v_cache, k, v, seqlens, *places, *rotary)
+    args = (
+        q, k_cache, v_cache, seqlens, appended, *places, *rotary, causal, *options, alibi_slopes, sinks, tree_mask
+    )
+    if known is None:
+        append = None if k is None else route("kvcache_append", new, backend)
+        attend = route("kvcache_attention", args, backend)
+        keep(key, (append, attend, (batch, longest, appended), options))
+    if append is not None:
+        append(*new)
+    result, lse = attend(*args) if out is None else attend(*args, out=(out, None))
+    return (result, lse) if return_lse else result
+
+
+def _checked_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, cache_seqlens: int | Tensor,
+    block_table: Tensor | None, cache_batch_idx: Tensor | None, cache_leftpad: Tensor | None,
+    cu_seqlens_q: Tensor | None, max_seqlen_q: int | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None,
+    window: tuple[int, int], softcap: float, scale: float | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
+    tree_mask: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None, out: Tensor | None,
+    workspace: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[int, int, int], tuple[int, int, float, float]]:
+    """q, k and v as they are to be read, (rows, the longest's queries, keys that each gets) and the options of scores.
+
+    All that is asked of a call but the values of its tensors and of an int cache_seqlens.
+    """
     if k_scale is not None or v_scale is not None:
         raise ValueError("k_scale and v_scale: quantized caches are not supported yet on any backend")
     ragged = cu_seqlens_q is not None
@@ -110,7 +173,7 @@ def attention_with_kvcache(
         raise ValueError(f"max_seqlen_q={max_seqlen_q}: expected an int with cu_seqlens_q, else None")
     longest = q.shape[1] if max_seqlen_q is None else max_seqlen_q
     appended = _appended(q, k_cache, v_cache, k, v, ragged)
-    left, right, cap, scale = expect.options(window, softcap, scale, q.shape[-1])
+    options = expect.options(window, softcap, scale, q.shape[-1])
     expect.per_head(q, q.shape[-2], batch, alibi_slopes, sinks)
     expect.rotary(rotary_cos, rotary_sin, q, k)
     expect.is_index("cu_seqlens_q", cu_seqlens_q, (batch + 1,), q, f"[B + 1] = [{batch + 1}]")
@@ -130,23 +193,7 @@ def attention_with_kvcache(
     if workspace is not None and workspace.device != q.device:
         raise ValueError(f"workspace is on {workspace.device}, expected the device of q, {q.device}")
     check.is_out(out, (*q.shape[:-1], v_cache.shape[-1]), q.dtype, q.device)
-    seqlens = _seqlens(cache_seqlens, batch, q)
-    expect.cache_values(
-        k_cache, seqlens, appended, block_table, cache_batch_idx, cache_leftpad, cu_seqlens_q, longest, q.shape[0],
-        None if rotary_cos is None else rotary_cos.shape[0],
-    )
-
-    if k is not None and v is not None:
-        call(
-            "kvcache_append", k_cache, v_cache, k, v, seqlens, block_table, cache_batch_idx, cache_leftpad,
-            cu_seqlens_q, longest, rotary_cos, rotary_sin, rotary_interleaved, backend=backend,
-        )
-    result, lse = call(
-        "kvcache_attention", q, k_cache, v_cache, seqlens, appended, block_table, cache_batch_idx, cache_leftpad,
-        cu_seqlens_q, longest, rotary_cos, rotary_sin, rotary_interleaved, causal, left, right, cap, scale,
-        alibi_slopes, sinks, tree_mask, backend=backend, out=None if out is None else (out, None),
-    )
-    return (result, lse) if return_lse else result
+    return q, k, v, (batch, longest, appended), options
 
 
 def merge_attention(

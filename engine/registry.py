@@ -283,6 +283,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         _chosen.reset(token)
 
 
+def wanted() -> str | None:
+    """The backend that use_backend or ONEPASS_BACKEND asks for."""
+    return _chosen.get()
+
+
 def refusal(op: Op, backend: str, args: tuple[Any, ...]) -> str | None:
     """Why `backend` cannot take this call of the core op, or None."""
     impl = op.impls.get(backend)
@@ -297,11 +302,11 @@ def choose(name: str, args: tuple[Any, ...], backend: str | None = None) -> str:
     Reads dtype, device, layout and a row's own sizes; never the batch size or the thread count.
     """
     op = OPS[name]
-    wanted = _known(backend) if backend is not None else _chosen.get()
-    if wanted is not None:
-        if why := refusal(op, wanted, args):
-            raise ValueError(f"{name}: backend={wanted!r} cannot take this call: {why}")
-        return wanted
+    asked = _known(backend) if backend is not None else wanted()
+    if asked is not None:
+        if why := refusal(op, asked, args):
+            raise ValueError(f"{name}: backend={asked!r} cannot take this call: {why}")
+        return asked
     reasons = []
     for candidate in _DEVICE_BACKENDS.get(_device_type(args), ()):
         why = refusal(op, candidate, args)

@@ -71,6 +71,18 @@ def mask_rows(mask: Tensor, sample: Tensor) -> tuple[Tensor, int, int]:
     return full, period if full.shape[0] > 1 else 0, max(period, 1)
 
 
+def cache_fits(
+    cache: Tensor, cache_seqlens: Tensor, appended: int, block_table: Tensor | None, cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None, cu_seqlens_q: Tensor | None, max_seqlen_q: int, tokens: int, positions: int | None,
+) -> bool:
+    """Whether each value points inside the cache, as _attention_checks.cache_values asks; False too where the host
+    cannot tell quickly, so that it has to look."""
+    return _C.cache_fits(
+        cache, cache_seqlens, appended, block_table, cache_batch_idx, cache_leftpad, cu_seqlens_q, max_seqlen_q, tokens,
+        -1 if positions is None else positions,
+    )
+
+
 def on_device(x: Tensor) -> bool:
     """Whether x is where the CUDA kernels read."""
     return x.is_cpu if emulated else x.is_cuda
@@ -93,6 +105,7 @@ __all__ = [
     "DTYPES",
     "_C",
     "by_rows",
+    "cache_fits",
     "cuda_error",
     "empty_like",
     "emulated",

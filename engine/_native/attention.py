@@ -20,7 +20,7 @@ def _floats(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
-def _ints(x: Tensor | None) -> Tensor | None:
+def _whole(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
@@ -30,10 +30,9 @@ def _describe(
     alibi_slopes: Tensor | None, sinks: Tensor | None, mask: Tensor | None, tree: Tensor | None,
 ) -> tuple[Any, tuple[Tensor | None, ...]]:
     """The kernel's description of a call, and the tensors that it points into beside the given ones."""
-    held = (
-        _floats(alibi_slopes), _floats(sinks), mask if mask is None or mask.dtype == torch.bool else mask.float(),
-        None if tree is None else tree.contiguous(),
-    )
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.float()
+    held = (_floats(alibi_slopes), _floats(sinks), mask, _whole(tree))
     call = _C.Attention(
         q, k, v, out, lse, queries, *cache, *rotary, causal, window_left, window_right, softcap, scale, *held,
         0 if on_device(q) else torch.get_num_threads(),
@@ -46,14 +45,25 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     given = out[0] if out is not None else None
     direct = given is not None and given.stride(-1) == 1
-    result = given if direct and given is not None else q.new_empty(*q.shape[:-1], v.shape[-1])
-    heads = q.shape[-2]
-    lse = q.new_empty((heads, q.shape[0]) if q.dim() == 3 else (q.shape[0], heads, queries), dtype=torch.float32)
+    *rows, heads, dim = q.shape
+    if direct and given is not None:
+        result = given
+    elif dim == v.shape[-1] and q.is_contiguous():
+        result = torch.empty_like(q)
+    else:
+        result = q.new_empty(*rows, heads, v.shape[-1])
+    if len(rows) == 2:
+        lse = torch.empty(rows[0], heads, queries, dtype=torch.float32, device=q.device)
+    else:
+        lse = torch.empty(heads, *rows, dtype=torch.float32, device=q.device)
     if lse.numel():
         q = _unit_stride(q)
         call, held = _describe(q, k, v, result, lse, queries, cache, *options)
-        native, place = kernels(q)
-        native.attention_forward(call, q, *((place,) if on_device(q) else ()))
+        if on_device(q):
+            native, place = kernels(q)
+            native.attention_forward(call, q, place)
+        else:
+            _C.attention_forward(call, q)
         del held
     return (result if direct or given is None else given.copy_(result)), lse
 
@@ -112,8 +122,9 @@ def kvcache_append(
         return
     native, place = kernels(k)
     native.kvcache_append(
-        _unit_stride(k), _unit_stride(v), k_cache, v_cache, cache_seqlens.contiguous(), _ints(block_table),
-        _ints(cache_batch_idx), _ints(cu_seqlens), _floats(rotary_cos), _floats(rotary_sin), rotary_interleaved, place,
+        _unit_stride(k), _unit_stride(v), k_cache, v_cache, cache_seqlens.contiguous(), _whole(block_table),
+        _whole(cache_batch_idx), _whole(cu_seqlens), _floats(rotary_cos), _floats(rotary_sin), rotary_interleaved,
+        place,
     )
 
 
@@ -125,8 +136,8 @@ def kvcache_attention(
     tree_mask: Tensor | None, out: Any = None,
 ) -> tuple[Tensor, Tensor]:
     cache = (
-        cache_seqlens.contiguous(), appended, _ints(block_table), _ints(cache_batch_idx), _ints(cache_leftpad),
-        _ints(cu_seqlens_q),
+        cache_seqlens.contiguous(), appended, _whole(block_table), _whole(cache_batch_idx), _whole(cache_leftpad),
+        _whole(cu_seqlens_q),
     )
     ordered = causal or window_left >= 0 or window_right >= 0 or tree_mask is not None
     rotary = (_floats(rotary_cos), _floats(rotary_sin), rotary_interleaved, ordered)

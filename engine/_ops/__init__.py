@@ -1,10 +1,15 @@
-"""Every core op as torch.ops.onepass.<name>, defined from the table; and `call`, which picks the shorter path.
+"""Every core op as torch.ops.onepass.<name>, defined from the table; and `route`, which picks the shorter path.
 
 With plain tensors an implementation is called directly: the dispatcher would cost several microseconds. Under
 torch.compile, functorch, modes, subclasses, autocast and autograd the torch.library op is called.
+
+Checks cost more than a small call's work, so a public function keeps what it found: `signature` says all that checks
+and choices read of a call, and for a call with the signature of an earlier one `recall` returns what that one kept.
 """
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +18,7 @@ from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack, _len_t
 from torch._C._functorch import peek_interpreter_stack
 from torch.nn import Parameter
 
-from .. import registry
+from .. import _native, registry
 from .._supports import SCALARS
 
 library = torch.library.Library("onepass", "DEF")
@@ -36,15 +41,20 @@ for _op in registry.OPS.values():
     _define(_op)
 
 
-def plain(args: tuple[Any, ...]) -> bool:
-    """Whether an implementation may be called directly."""
-    if (
+def _undisturbed() -> bool:
+    """Neither compiled nor under a mode, a transform or autocast."""
+    return not (
         torch.compiler.is_compiling()
         or _len_torch_dispatch_stack()
         or _len_torch_function_stack()
         or peek_interpreter_stack() is not None
         or _is_any_autocast_enabled()
-    ):
+    )
+
+
+def plain(args: tuple[Any, ...]) -> bool:
+    """Whether an implementation may be called directly."""
+    if not _undisturbed():
         return False
     grad = torch.is_grad_enabled()
     for x in args:
@@ -57,17 +67,63 @@ def plain(args: tuple[Any, ...]) -> bool:
     return True
 
 
-def call(name: str, *args: Any, backend: str | None = None, out: Any = None) -> Any:
-    """Runs core op `name`. `out` is a tensor, or a tuple of tensors and None, as the op returns them."""
+def route(name: str, args: tuple[Any, ...], backend: str | None = None) -> Callable[..., Any]:
+    """What runs this call of core op `name` and others of the same signature: f(*args), or f(*args, out=out) with a
+    tensor, or a tuple of tensors and None, as the op returns them."""
     if plain(args):
         chosen = registry.choose(name, args, backend)
         function = registry.OPS[name].impls[chosen].function
-        if out is None:
-            return function(*args)
-        return _deliver(function(*args), out) if chosen == "reference" else function(*args, out=out)
+        return functools.partial(_copying, function) if chosen == "reference" else function
     if not torch.compiler.is_compiling():       # so that backward uses the backend that forward used
         backend = registry.choose(name, args, backend)
+    return functools.partial(_dispatched, name, backend)
+
+
+def call(name: str, *args: Any, backend: str | None = None, out: Any = None) -> Any:
+    """Runs core op `name`."""
+    run = route(name, args, backend)
+    return run(*args) if out is None else run(*args, out=out)
+
+
+def _copying(function: Callable[..., Any], *args: Any, out: Any = None) -> Any:
+    return _deliver(function(*args), out)
+
+
+def _dispatched(name: str, backend: str | None, *args: Any, out: Any = None) -> Any:
     return _deliver(getattr(torch.ops.onepass, name)(*args, backend=backend), out)
+
+
+Signature = bytes | None
+_MOST = 4096        # calls kept; then all are forgotten
+_kept: dict[bytes, Any] = {}
+
+
+def signature(*arguments: Any) -> Signature:
+    """What checks and choices may read of these arguments: of tensors all but the values. None where the call has to
+    be looked at anew: it is not plain, or the native extension is missing.
+
+    Numbers that differ from call to call (lengths, seeds) are left out by the caller, who checks them each time.
+    """
+    if _native.error is not None or not _undisturbed():
+        return None
+    return _native._C.signature(torch.is_grad_enabled(), registry.wanted(), *arguments)
+
+
+def recall(key: Signature) -> Any:
+    """What `keep` was given with this signature, else None."""
+    return None if key is None else _kept.get(key)
+
+
+def keep(key: Signature, found: Any) -> None:
+    if key is not None:
+        if len(_kept) >= _MOST:
+            _kept.clear()
+        _kept[key] = found
+
+
+def forget() -> None:
+    """Look at every call anew: what checks and choices read beside a call's arguments has changed."""
+    _kept.clear()
 
 
 def _deliver(result: Any, out: Any) -> Any:

@@ -126,6 +126,7 @@ def load(module: str) -> ModuleType:
 def device(order: str = "ascending", seed: int = 1) -> Iterator[None]:
     """The emulator is the CUDA device: backend "cuda" takes host tensors, and the threads run in this order."""
     from onepass import _native
+    from onepass._ops import forget
 
     module = load("emulated_kernels")
     module.set_order(ORDERS.index(order), seed)
@@ -136,11 +137,13 @@ def device(order: str = "ascending", seed: int = 1) -> Iterator[None]:
         for part, _ in before[0]:
             part._C = module
         _native.emulated, _native.cuda_error = True, None
+        forget()
         yield
     finally:
         for part, own in before[0]:
             part._C = own
         _native.emulated, _native.cuda_error = False, before[1]
+        forget()
 
 
 def sanitized(variant: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
