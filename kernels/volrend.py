@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..reference.volrend import DEPTHS, offsets_error
 from ._host import OPTIONS, on, power_of_two
-from ._math import exp, expm1
+from ._ray import affine, clear, lane_at, march, put, ray_at, sample_at, shift_down, spread_of
 
 CHUNK = 128         # samples at a time: four a lane of one warp
 CHANNELS = 32       # at a time
@@ -29,7 +29,6 @@ EXPECTED: tl.constexpr = tl.constexpr(DEPTHS.index("expected"))
 NORMALIZED: tl.constexpr = tl.constexpr(DEPTHS.index("normalized"))
 MEDIAN: tl.constexpr = tl.constexpr(DEPTHS.index("median"))
 FLOOR: tl.constexpr = tl.constexpr(2.0**-23)
-LARGEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).max)
 
 _INPUTS = ["Sigmas", "Alphas", "Features", "Starts", "Ends", "Offsets", "Background", "Prefix"]
 _FORWARD = ["Colors", "Depths", "Opacities", "Weights", "Distortions"]
@@ -40,99 +39,6 @@ _BACKWARD = [
 _NUMBERS = ["total", "n_samples", "sigma_step", "alpha_step", "feature_step", "start_step", "end_step", "eps"]
 
 
-@triton.jit
-def _multiply(head, tail, other_head, other_tail):
-    """(head + tail) (other_head + other_tail): the tail holds what rounding the head lost."""
-    product = head * other_head
-    lost = tl.fma(head, other_head, product * -1.0)
-    return product, tl.fma(head, other_tail, tl.fma(tail, other_head, lost))
-
-
-@triton.jit
-def _affine(value, scale, nearer_value, nearer_scale):
-    return tl.fma(nearer_scale, value, nearer_value), scale * nearer_scale
-
-
-@triton.jit
-def _up(x, edge, lane):
-    """Lanes one up, the first filled from `edge`."""
-    return tl.where(lane == 0, edge, tl.gather(x, tl.maximum(lane - 1, 0), 0))
-
-
-@triton.jit
-def _down(x, edge, lane, B: tl.constexpr):
-    """Lanes one down, the last filled from `edge`."""
-    return tl.where(lane == B - 1, edge, tl.gather(x, tl.minimum(lane + 1, B - 1), 0))
-
-
-@triton.jit
-def _at(x, lane, place):
-    return tl.sum(tl.where(lane == place, x, 0.0), 0)
-
-
-@triton.jit
-def _ray(Offsets, ray, total, n_samples):
-    """(first, count) of a ray's samples; offsets that leave the samples are cut off."""
-    if Offsets is None:
-        return ray * n_samples, n_samples.to(tl.int64)
-    else:
-        first = tl.minimum(tl.maximum(tl.load(Offsets + ray), 0), total)
-        end = tl.minimum(tl.maximum(tl.load(Offsets + ray + 1), first), total)
-        return first, end - first
-
-
-@triton.jit
-def _row(step, ray, first, PACKED: tl.constexpr):
-    """Where a ray's samples begin in a tensor whose rays are `step` apart."""
-    return first if PACKED else ray * step
-
-
-@triton.jit
-def _sample(Sigmas, Alphas, Starts, Ends, sigmas_at, alphas_at, starts_at, ends_at, at, inside):
-    """(alpha, 1 - alpha, sigma, middle, length) of a chunk; lanes beyond the ray absorb nothing."""
-    start = tl.load(Starts + starts_at + at, mask=inside, other=0.0).to(tl.float32)
-    end = tl.load(Ends + ends_at + at, mask=inside, other=0.0).to(tl.float32)
-    if Sigmas is None:
-        alpha = tl.load(Alphas + alphas_at + at, mask=inside, other=0.0).to(tl.float32)
-        keep, sigma = 1.0 - alpha, alpha * 0
-    else:
-        sigma = tl.load(Sigmas + sigmas_at + at, mask=inside, other=0.0).to(tl.float32)
-        sigma = tl.where(sigma > LARGEST, LARGEST, sigma)       # infinite and of no length absorbs nothing; NaN stays
-        tau = sigma * (start - end)
-        alpha, keep = expm1(tau) * -1.0, exp(tau)
-    return alpha, keep, sigma, 0.5 * (start + end), end - start
-
-
-@triton.jit
-def _march(alpha, keep, mid, head, tail, eps, lane, inside, B: tl.constexpr):
-    """(transmittance before, after, alpha, weight, middle, lit, first dead lane) of a chunk, and head and tail of
-    what goes on: what a sample that is not composited held reads as 0."""
-    heads, tails = tl.associative_scan((keep, keep * 0), 0, _multiply)
-    heads, tails = _multiply(head, tail, heads, tails)
-    after = heads + tails
-    before = _up(after, head + tail, lane)
-    dead = inside & ~(before >= eps)
-    stop = tl.min(tl.where(dead, lane, B), 0)
-    lit = inside & (lane < stop)
-    alpha, mid = tl.where(lit, alpha, 0.0), tl.where(lit, mid, 0.0)
-    weight = tl.where(lit, before * alpha, 0.0)
-    end = _at(after, lane, B - 1)
-    rest = _at(tails - (after - heads), lane, B - 1)
-    stopped = _at(before, lane, stop)
-    return (
-        before, after, alpha, weight, mid, lit, stop, tl.where(stop < B, stopped, end), tl.where(stop < B, 0.0, rest)
-    )
-
-
-@triton.jit
-def _spread(weight, mid, front, reach, edge, lane, B: tl.constexpr):
-    """(weight in front, sum_{j<i} w_j (m_i - m_j)) of a chunk, and the three carries behind it."""
-    through = tl.cumsum(weight, 0)
-    before = front + _up(through, 0.0, lane)
-    far = reach + tl.cumsum(before * (mid - _up(mid, edge, lane)), 0)
-    return before, far, front + _at(through, lane, B - 1), _at(far, lane, B - 1), _at(mid, lane, B - 1)
-
-
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=[*_INPUTS, *_FORWARD])
 def composite_rays(
     Sigmas, Alphas, Features, Starts, Ends, Offsets, Background, Prefix, Colors, Depths, Opacities, Weights,
@@ -141,11 +47,9 @@ def composite_rays(
 ):
     ray = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
-    PACKED: tl.constexpr = Offsets is not None
-    first, count = _ray(Offsets, ray, total, n_samples)
-    sigmas_at, alphas_at = _row(sigma_step, ray, first, PACKED), _row(alpha_step, ray, first, PACKED)
-    starts_at, ends_at = _row(start_step, ray, first, PACKED), _row(end_step, ray, first, PACKED)
-    features_at = first * N if PACKED else ray * feature_step
+    first, count, sigmas_at, alphas_at, features_at, starts_at, ends_at = ray_at(
+        Offsets, ray, total, n_samples, sigma_step, alpha_step, feature_step, start_step, end_step, N
+    )
     lane = tl.arange(0, B)
     channel = block * NB + tl.arange(0, NB)
     head = tl.full([], 1.0, tl.float32) if Prefix is None else tl.load(Prefix + ray)
@@ -158,10 +62,10 @@ def composite_rays(
     while marching:
         at = i + lane
         inside = at < count
-        alpha, keep, _, mid, delta = _sample(
+        alpha, keep, _, mid, delta = sample_at(
             Sigmas, Alphas, Starts, Ends, sigmas_at, alphas_at, starts_at, ends_at, at, inside
         )
-        _, after, alpha, weight, mid, lit, stop, head, tail = _march(
+        _, after, alpha, weight, mid, lit, stop, head, tail = march(
             alpha, keep, mid, head, tail, eps, lane, inside, B
         )
         opacity += weight
@@ -172,10 +76,10 @@ def composite_rays(
         if DEPTH == MEDIAN:         # the first sample behind which half of the light is gone, else the last
             last = tl.max(tl.where(lit, lane, -1), 0)
             here = tl.min(tl.where(lit & ~(after > 0.5), lane, B), 0)
-            middle = tl.where(crossed | (last < 0), middle, _at(mid, lane, tl.minimum(here, last)))
+            middle = tl.where(crossed | (last < 0), middle, lane_at(mid, lane, tl.minimum(here, last)))
             crossed = crossed | (here < B)
         if Distortions is not None:
-            _, far, front, reach, edge = _spread(weight, mid, front, reach, edge, lane, B)
+            _, far, front, reach, edge = spread_of(weight, mid, front, reach, edge, lane, B)
             delta = tl.where(lit, delta, 0.0)
             spread = tl.fma(weight, tl.fma(weight * delta, delta * 0 + 0.3333333432674408, 2.0 * far), spread)
         if Weights is not None:
@@ -203,18 +107,6 @@ def composite_rays(
             tl.store(Distortions + ray, tl.sum(spread, 0).to(Distortions.dtype.element_ty))
 
 
-@triton.jit
-def _clear(Out, at, inside):
-    if Out is not None:
-        tl.store(Out + at, (at * 0).to(Out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _put(Out, at, value, inside):
-    if Out is not None:
-        tl.store(Out + at, value.to(Out.dtype.element_ty), mask=inside)
-
-
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=[*_INPUTS, *_BACKWARD])
 def composite_rays_backward(
     OnColors, OnDepths, OnOpacities, OnWeights, OnDistortions, Sigmas, Alphas, Features, Starts, Ends, Offsets,
@@ -223,11 +115,9 @@ def composite_rays_backward(
     N: tl.constexpr, SHARED: tl.constexpr, DEPTH: tl.constexpr, NB: tl.constexpr, B: tl.constexpr, KEPT: tl.constexpr,
 ):
     ray = tl.program_id(0).to(tl.int64)
-    PACKED: tl.constexpr = Offsets is not None
-    first, count = _ray(Offsets, ray, total, n_samples)
-    sigmas_at, alphas_at = _row(sigma_step, ray, first, PACKED), _row(alpha_step, ray, first, PACKED)
-    starts_at, ends_at = _row(start_step, ray, first, PACKED), _row(end_step, ray, first, PACKED)
-    features_at = first * N if PACKED else ray * feature_step
+    first, count, sigmas_at, alphas_at, features_at, starts_at, ends_at = ray_at(
+        Offsets, ray, total, n_samples, sigma_step, alpha_step, feature_step, start_step, end_step, N
+    )
     lane = tl.arange(0, B)
     head = tl.full([], 1.0, tl.float32) if Prefix is None else tl.load(Prefix + ray)
     tail, front, reach, edge = head * 0, head * 0, head * 0, head * 0
@@ -244,14 +134,14 @@ def composite_rays_backward(
         tl.store(kept + 4, edge)
         at = i + lane
         inside = at < count
-        alpha, keep, _, mid, _ = _sample(
+        alpha, keep, _, mid, _ = sample_at(
             Sigmas, Alphas, Starts, Ends, sigmas_at, alphas_at, starts_at, ends_at, at, inside
         )
-        _, _, _, weight, mid, _, stop, head, tail = _march(alpha, keep, mid, head, tail, eps, lane, inside, B)
+        _, _, _, weight, mid, _, stop, head, tail = march(alpha, keep, mid, head, tail, eps, lane, inside, B)
         opacity += weight
         depth = tl.fma(weight, mid, depth)
         if OnDistortions is not None:
-            _, _, front, reach, edge = _spread(weight, mid, front, reach, edge, lane, B)
+            _, _, front, reach, edge = spread_of(weight, mid, front, reach, edge, lane, B)
         i += B
         kept += KEPT
         marching = (i < count) & (stop == B)
@@ -263,15 +153,15 @@ def composite_rays_backward(
     while beyond < count:                           # behind the sample where the light went out
         at = beyond + lane
         inside = at < count
-        _clear(DSigmas, first + at, inside)
-        _clear(DAlphas, first + at, inside)
-        _clear(DStarts, first + at, inside)
-        _clear(DEnds, first + at, inside)
+        clear(DSigmas, first + at, inside)
+        clear(DAlphas, first + at, inside)
+        clear(DStarts, first + at, inside)
+        clear(DEnds, first + at, inside)
         if DFeatures is not None:
             for k in range(0, N, NB):
                 channel = k + tl.arange(0, NB)
                 place = (first + at)[:, None] * N + channel[None, :]
-                _clear(DFeatures, place, inside[:, None] & (channel < N)[None, :])
+                clear(DFeatures, place, inside[:, None] & (channel < N)[None, :])
         beyond += B
 
     on_depth, on_opacity, on_spread = head * 0, head * 0, head * 0
@@ -302,10 +192,10 @@ def composite_rays_backward(
         kept -= KEPT
         at = i + lane
         inside = at < count
-        alpha, keep, sigma, mid, delta = _sample(
+        alpha, keep, sigma, mid, delta = sample_at(
             Sigmas, Alphas, Starts, Ends, sigmas_at, alphas_at, starts_at, ends_at, at, inside
         )
-        before, after, alpha, weight, mid, lit, stop, _, _ = _march(
+        before, after, alpha, weight, mid, lit, stop, _, _ = march(
             alpha, keep, mid, tl.load(kept), tl.load(kept + 1), eps, lane, inside, B
         )
         gain = tl.fma(on_depth + mid * 0, mid, on_opacity + mid * 0)
@@ -317,40 +207,40 @@ def composite_rays_backward(
                 c = tl.load(Features + features_at + place, mask=lit[:, None] & (channel < N)[None, :], other=0.0)
                 gain += tl.sum(c.to(tl.float32) * g[None, :], 1)
                 there = inside[:, None] & (channel < N)[None, :]
-                _put(DFeatures, first * N + place, weight[:, None] * g[None, :], there)
+                put(DFeatures, first * N + place, weight[:, None] * g[None, :], there)
         elif DFeatures is not None:
             for k in range(0, N, NB):
                 channel = k + tl.arange(0, NB)
                 place = (first + at)[:, None] * N + channel[None, :]
-                _clear(DFeatures, place, inside[:, None] & (channel < N)[None, :])
+                clear(DFeatures, place, inside[:, None] & (channel < N)[None, :])
         if OnWeights is not None:
-            weights_at = _row(weight_step, ray, first, PACKED)
+            weights_at = first if Offsets is not None else ray * weight_step
             gain += tl.load(OnWeights + weights_at + at, mask=lit, other=0.0).to(tl.float32)
         d_mid, d_delta = on_depth * weight, weight * 0
         if OnDistortions is not None:
-            in_front, far, _, _, _ = _spread(
+            in_front, far, _, _, _ = spread_of(
                 weight, mid, tl.load(kept + 2), tl.load(kept + 3), tl.load(kept + 4), lane, B
             )
             behind = rest + tl.cumsum(weight, 0, reverse=True)
-            at_back = _down(behind, rest, lane, B)
-            worth_here = worth + tl.cumsum(at_back * (_down(mid, next_mid, lane, B) - mid), 0, reverse=True)
+            at_back = shift_down(behind, rest, lane, B)
+            worth_here = worth + tl.cumsum(at_back * (shift_down(mid, next_mid, lane, B) - mid), 0, reverse=True)
             distance = 2.0 * (far + worth_here)
             gain = tl.fma(on_spread + gain * 0, tl.fma(weight * delta, gain * 0 + 0.6666666865348816, distance), gain)
             d_mid = tl.fma(2.0 * on_spread * weight, in_front - at_back, d_mid)
             d_delta = on_spread * weight * weight * 0.3333333432674408
-            worth, rest, next_mid = _at(worth_here, lane, 0), _at(behind, lane, 0), _at(mid, lane, 0)
+            worth, rest, next_mid = lane_at(worth_here, lane, 0), lane_at(behind, lane, 0), lane_at(mid, lane, 0)
         gain = tl.where(lit, gain, 0.0)
-        value, scale = tl.associative_scan((alpha * gain, 1.0 - alpha), 0, _affine, reverse=True)
+        value, scale = tl.associative_scan((alpha * gain, 1.0 - alpha), 0, affine, reverse=True)
         here = tl.fma(scale, ladder + scale * 0, value)
-        gain -= _down(here, ladder, lane, B)
-        ladder = _at(here, lane, 0)
+        gain -= shift_down(here, ladder, lane, B)
+        ladder = lane_at(here, lane, 0)
         d_tau = tl.where(lit, after * gain, 0.0)
-        _put(DAlphas, first + at, tl.where(lit, before * gain, 0.0), inside)
-        _put(DSigmas, first + at, tl.where(lit, delta * d_tau, 0.0), inside)
+        put(DAlphas, first + at, tl.where(lit, before * gain, 0.0), inside)
+        put(DSigmas, first + at, tl.where(lit, delta * d_tau, 0.0), inside)
         if Sigmas is not None:
             d_delta = tl.where(lit, tl.fma(sigma, d_tau, d_delta), 0.0)
-        _put(DStarts, first + at, 0.5 * d_mid - d_delta, inside)
-        _put(DEnds, first + at, 0.5 * d_mid + d_delta, inside)
+        put(DStarts, first + at, 0.5 * d_mid - d_delta, inside)
+        put(DEnds, first + at, 0.5 * d_mid + d_delta, inside)
     if DPrefix is not None:
         tl.store(DPrefix + ray, ladder)
 

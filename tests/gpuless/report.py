@@ -124,40 +124,49 @@ def _spilling(rows: Sequence[Row]) -> str:
     return ", ".join(names) or "no kernel"
 
 
+COLUMNS: dict[str, tuple[str, ...]] = {     # of the page: what is summed
+    "registers": ("registers",), "shared": ("dynamic_shared", "shared"), "instructions": ("instructions",),
+    "matrix": ("matrix",), "loads": ("load", "async_load"), "wide loads": ("wide_load",),
+    "stores": ("store",), "wide stores": ("wide_store",), "barriers": ("barrier",), "special": ("special",),
+}
+
+
+def _range(values: Iterable[int]) -> str:
+    low, *_, high = [*sorted(values)] * 2
+    return str(low) if low == high else f"{low} to {high}"
+
+
 def page(rows: Sequence[Row]) -> str:
-    """The report for readers: each kernel once, by its newest compiler."""
-    newest = {(row["stem"], row["kernel"]): max((r["compiler"] for r in rows if r["kernel"] == row["kernel"]),
-                                                key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
-              for row in rows}
+    """The report for readers: a line for each kernel and target by its newest compiler, over all configurations."""
+    newest: dict[tuple[str, str, str], list[int]] = {}         # Triton and nvcc may both have a kernel of one name
+    version = lambda row: [int(n) for n in re.findall(r"\d+", row["compiler"])]
+    of = lambda row: (row["stem"], row["kernel"], row["compiler"].split()[0])
+    for row in rows:
+        newest[of(row)] = max(newest.get(of(row), []), version(row))
     lines = [
         "# What the GPU kernels compile to",
         "",
         "Made by `make kernel-report` on a machine without a GPU, from the compiled kernels themselves; CI fails where",
-        "they change. None of this is a measurement: it says what a kernel asks for, not how fast it is. Registers and",
-        "occupancy (resident warps over the most there can be) are for the launch configuration; loads and stores are",
-        "instructions in the code, those of 16 bytes a thread and more in brackets.",
+        "they change. None of this is a measurement: it says what a kernel asks for, not how fast it is. A line is a",
+        "kernel on a target: the least and the most over its configurations (dtypes, tiles, options). Occupancy is",
+        "resident warps over the most there can be; shared memory is in bytes a block. Loads and stores are",
+        "instructions in the code, wide ones move 16 bytes a thread and more.",
         f"Registers are spilled by {_spilling(rows)}.",
         f"All rows, {len({r['compiler'] for r in rows})} compilers, are in `tests/gpuless/kernels.json`.",
     ]
-    groups: dict[tuple[str, str], list[Row]] = collections.defaultdict(list)
+    groups: dict[str, dict[tuple[str, str, str], list[Row]]] = collections.defaultdict(
+        lambda: collections.defaultdict(list)
+    )
     for row in sorted(rows, key=_key):
-        if row["compiler"] == newest[row["stem"], row["kernel"]]:
-            groups[row["stem"], row["kernel"]].append(row)
-    for (stem, kernel), members in groups.items():
-        lines += [
-            "", f"## {stem}: `{kernel}`, {members[0]['compiler']}", "",
-            "| configuration | target | threads | registers | shared | occupancy | instructions | matrix | loads "
-            "| stores | barriers | special |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        for row in members:
-            get = lambda name, row=row: row.get(name, 0)
-            lines.append(
-                f"| {row['configuration']} | {row['target']} | {row['threads']} | {row['registers']} "
-                f"| {get('dynamic_shared') + get('shared')} | {row['occupancy']:.0%} | {row['instructions']} "
-                f"| {get('matrix')} | {get('load') + get('async_load')} ({get('wide_load')}) "
-                f"| {get('store')} ({get('wide_store')}) | {get('barrier')} | {get('special')} |"
-            )
+        if version(row) == newest[of(row)]:
+            groups[row["stem"]][row["kernel"], row["compiler"], row["target"]].append(row)
+    for stem, kernels in groups.items():
+        head = ["kernel", "compiler", "target", "configurations", "occupancy", *COLUMNS]
+        lines += ["", f"## {stem}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for (kernel, compiler, target), members in kernels.items():
+            occupancy = _range(round(100 * row["occupancy"]) for row in members) + "%"
+            cells = [_range(sum(row.get(name, 0) for name in names) for row in members) for names in COLUMNS.values()]
+            lines.append(f"| `{kernel}` | {compiler} | {target} | {len(members)} | {occupancy} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

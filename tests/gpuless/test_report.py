@@ -42,7 +42,16 @@ def test_writing_keeps_the_other_compilers_and_checking_finds_a_change(tmp_path,
     assert report.main(["check", files["a"], files["b"]]) == 0
     assert report.main(["check", files["c"]]) == 1
     assert "registers 32 -> 40" in capsys.readouterr().out
-    assert "| fp32 BLOCKS=256 warps=4 | sm_90 | 128 | 32 |" in report.PAGE.read_text()
+    assert "| `fill_rows` | triton 9.9 | sm_90 | 1 | 100% | 32 | 0 | 400 |" in report.PAGE.read_text()
+
+
+def test_the_page_gives_the_range_over_configurations():
+    more = {**ROW, "configuration": "bf16", "registers": 40, "occupancy": 0.75, "dynamic_shared": 512, "shared": 8}
+    line = report.page([{**ROW, "compiler": "triton 9.8", "load": 9}, ROW, more]).splitlines()[-1]
+    assert line.startswith("| `fill_rows` | triton 9.9 | sm_90 | 2 | 75 to 100% | 32 to 40 | 0 to 520 | 400 | 0 | 2 |")
+    both = report.page([ROW, {**ROW, "compiler": "nvcc 13.0"}])
+    assert "| `fill_rows` | nvcc 13.0 | sm_90 |" in both and "| `fill_rows` | triton 9.9 | sm_90 |" in both
+
 
 
 def test_the_page_is_made_from_the_rows():
