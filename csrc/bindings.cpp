@@ -76,13 +76,14 @@ struct Kernels {
   DenoiseKernels denoise;
   BandwidthKernels bandwidth;
   CompositeKernels composite;
+  LatentKernels latent;
 };
 
 Kernels load(Isa isa) {
 #define ONEPASS_LOAD(name)                                                                            \
   if (isa == Isa::name)                                                                               \
     return {isa,           name::rng,     name::reparam,   name::attention, name::attention_backward, \
-            name::kvcache, name::denoise, name::bandwidth, name::composite};
+            name::kvcache, name::denoise, name::bandwidth, name::composite, name::latent};
   ONEPASS_FOR_EACH_ISA(ONEPASS_LOAD)
 #undef ONEPASS_LOAD
   throw std::logic_error("no such instruction set");
@@ -118,6 +119,22 @@ void bind_reparam(py::module_& m) {
     py::gil_scoped_release nogil;
     kernels.reparam.backward(p, {at<const void>(grad_z), grad_z_step}, at<const float>(grad_kl), at<void>(grad_mean),
                              at<void>(grad_logvar), at<void>(grad_noise));
+  });
+}
+
+void bind_latent(py::module_& m) {
+  m.def("latent_forward", [](const Latent& p, Pointer z, Pointer first, Pointer second, Pointer partial) {
+    py::gil_scoped_release nogil;
+    kernels.latent.forward(p, {at<void>(z), at<float>(first), at<float>(second), at<double>(partial)});
+  });
+  m.def("latent_backward", [](const Latent& p, const SegmentsArgument& grad_z, int64_t z_sample, Pointer grad_first,
+                              Pointer grad_second, const SegmentsArgument& mean, const SegmentsArgument& logvar,
+                              const SegmentsArgument& prior_mean, const SegmentsArgument& prior_logvar, Pointer noise) {
+    const LatentGradIn in{segments_in(grad_z), z_sample, at<const float>(grad_first), at<const float>(grad_second)};
+    const LatentGradOut out{segments_out(mean), segments_out(logvar), segments_out(prior_mean),
+                            segments_out(prior_logvar), at<void>(noise)};
+    py::gil_scoped_release nogil;
+    kernels.latent.backward(p, in, out);
   });
 }
 
@@ -254,6 +271,7 @@ PYBIND11_MODULE(_C, m) {
   bind_calls(m);
   bind_rng(m);
   bind_reparam(m);
+  bind_latent(m);
   bind_attention(m);
   bind_denoise(m);
   bind_bandwidth(m);

@@ -11,6 +11,7 @@
 
 #include "onepass/attention.h"
 #include "onepass/denoise.h"
+#include "onepass/latent.h"
 #include "onepass/reparam.h"
 #include "onepass/rng.h"
 #include "onepass/volrend.h"
@@ -61,6 +62,46 @@ inline Reparam reparam(int64_t rows, int64_t length, int dtype, Pointer mean, in
           keys(key),
           keys_per_row,
           num_threads};
+}
+
+// (pointer or 0, elements from a row and from a segment to the next)
+using SegmentsArgument = std::tuple<Pointer, int64_t, int64_t>;
+
+inline Segments segments_in(const SegmentsArgument& a) {
+  return {at<const void>(std::get<0>(a)), std::get<1>(a), std::get<2>(a)};
+}
+inline SegmentsOut segments_out(const SegmentsArgument& a) {
+  return {at<void>(std::get<0>(a)), std::get<1>(a), std::get<2>(a)};
+}
+
+inline void bind_latent_call(py::module_& m) {
+  py::class_<Latent>(m, "Latent", py::module_local())
+      .def(py::init([](int64_t rows, int64_t segments, int64_t run, int dtype, const SegmentsArgument& mean,
+                       const SegmentsArgument& logvar, const SegmentsArgument& prior_mean,
+                       const SegmentsArgument& prior_logvar, const SegmentsArgument& noise, int64_t noise_draw,
+                       const KeysArgument& key, bool keys_per_row, float clamp_low, float clamp_high, int64_t samples,
+                       bool antithetic, int terms, float beta, float free_bits, int num_threads) {
+        return Latent{rows,
+                      segments,
+                      run,
+                      static_cast<DType>(dtype),
+                      segments_in(mean),
+                      segments_in(logvar),
+                      segments_in(prior_mean),
+                      segments_in(prior_logvar),
+                      segments_in(noise),
+                      noise_draw,
+                      keys(key),
+                      keys_per_row,
+                      clamp_low,
+                      clamp_high,
+                      samples,
+                      antithetic,
+                      static_cast<LatentTerms>(terms),
+                      beta,
+                      free_bits,
+                      num_threads};
+      }));
 }
 
 // Of [B, S, H, D], or of ragged rows [total, H, D].
@@ -223,9 +264,11 @@ inline void bind_calls(py::module_& m) {
       "signature", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(signature)), METH_FASTCALL, nullptr};
   PyModule_AddObject(m.ptr(), "signature", PyCFunction_New(&signature_method, nullptr));
   m.attr("KL_TILE") = KL_TILE;
+  m.attr("LATENT_TILE") = LATENT_TILE;
   m.attr("DENOISE_COLUMNS") = static_cast<int>(COL_HISTORY);
   m.attr("MAX_HISTORY") = MAX_HISTORY;
   bind_attention_call(m);
+  bind_latent_call(m);
   bind_composite_call(m);
 }
 

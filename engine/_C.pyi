@@ -13,6 +13,7 @@ compiler: str
 usable_isas: list[str]
 has_cuda: bool
 KL_TILE: int
+LATENT_TILE: int
 DENOISE_COLUMNS: int
 MAX_HISTORY: int
 
@@ -32,6 +33,22 @@ def reparam_backward(
     rows: int, length: int, dtype: int, mean: int, mean_step: int, logvar: int, logvar_step: int, noise: int,
     noise_step: int, keys: _Keys | None, keys_per_row: bool, num_threads: int, grad_z: int, grad_z_step: int,
     grad_kl: int, grad_mean: int, grad_logvar: int, grad_noise: int, /,
+) -> None: ...
+
+_Segments = tuple[int, int, int]        # pointer, elements from a row and from a segment to the next
+
+class Latent:
+    def __init__(
+        self, rows: int, segments: int, run: int, dtype: int, mean: _Segments, logvar: _Segments,
+        prior_mean: _Segments, prior_logvar: _Segments, noise: _Segments, noise_draw: int, keys: _Keys | None,
+        keys_per_row: bool, clamp_low: float, clamp_high: float, samples: int, antithetic: bool, terms: int,
+        beta: float, free_bits: float, num_threads: int, /,
+    ) -> None: ...
+
+def latent_forward(call: Latent, z: int, first: int, second: int, partial: int, /) -> None: ...
+def latent_backward(
+    call: Latent, grad_z: _Segments, z_sample: int, grad_first: int, grad_second: int, mean: _Segments,
+    logvar: _Segments, prior_mean: _Segments, prior_logvar: _Segments, noise: int, /,
 ) -> None: ...
 
 def denoise_step(

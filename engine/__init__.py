@@ -8,7 +8,7 @@ from .attention_varlen import attention_varlen
 from .denoise import denoise_step
 from .plans import DenoisePlan
 from .registry import FallbackWarning, use_backend
-from .reparam import reparameterize, reparameterize_kl
+from .reparam import reparameterize, reparameterize_kl, reparameterize_log_weights
 from .volrend import Rendering, composite
 
 try:
@@ -30,6 +30,7 @@ __all__ = [
     "plans",
     "reparameterize",
     "reparameterize_kl",
+    "reparameterize_log_weights",
     "rng",
     "use_backend",
 ]

@@ -57,6 +57,12 @@ def reparam_backward_cpu(grad_z: Tensor | None, grad_kl: Tensor | None, mean: Te
     return floats_cpu(mean, *args) or native_cpu(grad_z, grad_kl)
 
 
+def latent_backward_cpu(
+    grad_z: Tensor | None, grad_first: Tensor | None, grad_second: Tensor | None, mean: Tensor, *args: Any
+) -> str | None:
+    return floats_cpu(mean, *args) or native_cpu(grad_z, grad_first, grad_second)
+
+
 def rng_cuda(shape: Any, distribution: str, seed: int, seeds: Tensor | None, stream: int, streams: Tensor | None,
              offset: int, offsets: Tensor | None, dtype: torch.dtype, device: torch.device) -> str | None:
     if device.type != ("cpu" if _native.emulated else "cuda"):

@@ -49,6 +49,10 @@ class Op:
 
 
 _KEYS = "SymInt seed, Tensor? seeds, SymInt stream, Tensor? streams, SymInt offset, Tensor? offsets"
+_LATENT = (
+    "Tensor? prior_mean, Tensor? prior_logvar, SymInt chunk_dim, float clamp_low, float clamp_high, SymInt samples, "
+    "bool antithetic, str terms, float beta, float free_bits"
+)
 _SCORES = "bool causal, SymInt window_left, SymInt window_right, float softcap, float scale"
 _ROWS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 _PAGES = "float32, bfloat16, float16; pages with unit stride in the head dim"
@@ -110,6 +114,27 @@ _TABLE = [
                 "onepass._native.reparam:backward", supports.reparam_backward_cpu, _ANY_STRIDES
             ),
             "reference": _reference("reparam:reparameterize_backward"),
+        },
+    ),
+    Op(
+        "latent_sample",
+        f"(Tensor mean, Tensor? logvar, Tensor? noise, {_KEYS}, {_LATENT}, *, str? backend=None) "
+        "-> (Tensor z, Tensor first, Tensor second)",
+        "reparameterize, reparameterize_kl with options, reparameterize_log_weights",
+        {
+            "cpu": Impl("onepass._native.latent:forward", supports.floats_cpu, _ANY_STRIDES),
+            "reference": _reference("latent:latent_sample"),
+        },
+    ),
+    Op(
+        "latent_sample_backward",
+        "(Tensor? grad_z, Tensor? grad_first, Tensor? grad_second, Tensor mean, Tensor? logvar, Tensor? noise, "
+        f"{_KEYS}, {_LATENT}, bool noise_grad, bool prior_grad, *, str? backend=None) -> (Tensor grad_mean, "
+        "Tensor grad_logvar, Tensor grad_noise, Tensor grad_prior_mean, Tensor grad_prior_logvar)",
+        "their gradients",
+        {
+            "cpu": Impl("onepass._native.latent:backward", supports.latent_backward_cpu, _ANY_STRIDES),
+            "reference": _reference("latent:latent_sample_backward"),
         },
     ),
     Op(

@@ -12,6 +12,8 @@ All functions take
     dtype     float32 (default: torch's default dtype), bfloat16, float16 or float64
     device    default: that of `seed` where it is a tensor, else torch's default device
     out       a tensor to write, of that shape and dtype
+    generator instead of a seed: a `Generator`, whose next (seed, stream) is taken (`stream` counts from it); a
+              torch.Generator, from which a seed is drawn; or a list of either, one for each row of dim 0
     backend   "cpu", "reference", ...; None chooses
 With a [shape[0]] tensor each row of dim 0 has its own key and counts its own elements; otherwise the whole tensor is
 one row. They raise ValueError or TypeError that names the argument.
@@ -24,7 +26,45 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
+from ._generator import Generator
 from ._ops import call
+
+Source = Generator | torch.Generator | Sequence[Generator | torch.Generator] | None
+
+
+def _seed_of(source: Generator | torch.Generator, device: torch.device) -> tuple[int | Tensor, int]:
+    if isinstance(source, Generator):
+        seed, stream = source.next()
+        return (seed.to(device) if isinstance(seed, Tensor) else seed), stream
+    if not isinstance(source, torch.Generator):
+        kind = type(source).__name__
+        raise TypeError(f"generator is {kind}, expected a Generator, a torch.Generator or a list of them")
+    seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=source.device, generator=source)
+    return seed.to(device, non_blocking=True), 0
+
+
+def keyed(
+    generator: Source, seed: int | Tensor | None, stream: int | Tensor, rows: int, device: torch.device
+) -> tuple[int | Tensor, int | Tensor]:
+    """The (seed, stream) of a call: the generator's where there is one, else the seed, else a fresh one."""
+    if generator is None:
+        return check.fresh_seed(device) if seed is None else seed, stream
+    if seed is not None:
+        raise ValueError("seed and generator are both given: expected at most one of them")
+    if not isinstance(generator, (list, tuple)):
+        own, first = _seed_of(generator, device)        # type: ignore[arg-type]
+        return own, stream + first
+    if len(generator) != rows:
+        raise ValueError(f"generator is a list of {len(generator)}, expected one for each of {rows} rows")
+    pairs = [_seed_of(source, device) for source in generator]
+    if any(isinstance(own, Tensor) and own.dim() for own, _ in pairs):
+        raise ValueError("generator is a list whose generators have a seed for each row: expected one seed each")
+    seeds = torch.stack([own if isinstance(own, Tensor) else _signed(own, device) for own, _ in pairs])
+    return seeds, stream + torch.tensor([first for _, first in pairs], dtype=torch.int64, device=device)
+
+
+def _signed(seed: int, device: torch.device) -> Tensor:
+    return torch.tensor((seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
 
 
 def _fill(
@@ -35,6 +75,7 @@ def _fill(
     offset: int | Tensor,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
+    generator: Source,
     out: Tensor | None,
     backend: str | None,
 ) -> Tensor:
@@ -43,8 +84,9 @@ def _fill(
         if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)) or size < 0:
             raise ValueError(f"shape={tuple(sizes)}: expected sizes >= 0")
     if device is None:
-        keyed = [x for x in (seed, stream, offset, out) if isinstance(x, Tensor)]
-        place = keyed[0].device if keyed else torch.empty(0).device     # Dynamo refuses get_default_device
+        own = generator.seed if isinstance(generator, Generator) else None
+        given = [x for x in (seed, stream, offset, out, own) if isinstance(x, Tensor)]
+        place = given[0].device if given else torch.empty(0).device     # Dynamo refuses get_default_device
     else:
         place = torch.device(device)
     kind = dtype or (out.dtype if isinstance(out, Tensor) else torch.get_default_dtype())
@@ -52,62 +94,61 @@ def _fill(
         raise TypeError(f"dtype={kind}: expected float32, bfloat16, float16 or float64")
     check.is_out(out, sizes, kind, place)
     rows = sizes[0] if sizes else 1
-    parts = (
-        ("seed", check.fresh_seed(place) if seed is None else seed), ("stream", stream), ("offset", offset),
-    )
+    seed, stream = keyed(generator, seed, stream, rows, place)
+    parts = (("seed", seed), ("stream", stream), ("offset", offset))
     key = [part for name, value in parts for part in check.random_key(name, value, rows, place)]
     return call("rng_fill", sizes, distribution, *key, kind, place, backend=backend, out=out)
 
 
 def uniform(
     shape: Sequence[int], *, seed: int | Tensor | None = None, stream: int | Tensor = 0, offset: int | Tensor = 0,
-    dtype: torch.dtype | None = None, device: torch.device | str | None = None, out: Tensor | None = None,
-    backend: str | None = None,
+    dtype: torch.dtype | None = None, device: torch.device | str | None = None, generator: Source = None,
+    out: Tensor | None = None, backend: str | None = None,
 ) -> Tensor:
     """Uniform on the open interval (0, 1): the smallest float32 is 2^-33, the largest 1 - 2^-24."""
-    return _fill("uniform", shape, seed, stream, offset, dtype, device, out, backend)
+    return _fill("uniform", shape, seed, stream, offset, dtype, device, generator, out, backend)
 
 
 def normal(
     shape: Sequence[int], *, seed: int | Tensor | None = None, stream: int | Tensor = 0, offset: int | Tensor = 0,
-    dtype: torch.dtype | None = None, device: torch.device | str | None = None, out: Tensor | None = None,
-    backend: str | None = None,
+    dtype: torch.dtype | None = None, device: torch.device | str | None = None, generator: Source = None,
+    out: Tensor | None = None, backend: str | None = None,
 ) -> Tensor:
     """Standard normal by Box and Muller (1958), two words a pair; |z| < 6.77."""
-    return _fill("normal", shape, seed, stream, offset, dtype, device, out, backend)
+    return _fill("normal", shape, seed, stream, offset, dtype, device, generator, out, backend)
 
 
 def gumbel(
     shape: Sequence[int], *, seed: int | Tensor | None = None, stream: int | Tensor = 0, offset: int | Tensor = 0,
-    dtype: torch.dtype | None = None, device: torch.device | str | None = None, out: Tensor | None = None,
-    backend: str | None = None,
+    dtype: torch.dtype | None = None, device: torch.device | str | None = None, generator: Source = None,
+    out: Tensor | None = None, backend: str | None = None,
 ) -> Tensor:
     """Standard Gumbel, -ln(-ln(1 - u))."""
-    return _fill("gumbel", shape, seed, stream, offset, dtype, device, out, backend)
+    return _fill("gumbel", shape, seed, stream, offset, dtype, device, generator, out, backend)
 
 
 def exponential(
     shape: Sequence[int], *, seed: int | Tensor | None = None, stream: int | Tensor = 0, offset: int | Tensor = 0,
-    dtype: torch.dtype | None = None, device: torch.device | str | None = None, out: Tensor | None = None,
-    backend: str | None = None,
+    dtype: torch.dtype | None = None, device: torch.device | str | None = None, generator: Source = None,
+    out: Tensor | None = None, backend: str | None = None,
 ) -> Tensor:
     """Exponential of rate 1, -ln u."""
-    return _fill("exponential", shape, seed, stream, offset, dtype, device, out, backend)
+    return _fill("exponential", shape, seed, stream, offset, dtype, device, generator, out, backend)
 
 
 def laplace(
     shape: Sequence[int], *, seed: int | Tensor | None = None, stream: int | Tensor = 0, offset: int | Tensor = 0,
-    dtype: torch.dtype | None = None, device: torch.device | str | None = None, out: Tensor | None = None,
-    backend: str | None = None,
+    dtype: torch.dtype | None = None, device: torch.device | str | None = None, generator: Source = None,
+    out: Tensor | None = None, backend: str | None = None,
 ) -> Tensor:
     """Laplace of scale 1: ln(2 u) below one half, else -ln(2 (1 - u))."""
-    return _fill("laplace", shape, seed, stream, offset, dtype, device, out, backend)
+    return _fill("laplace", shape, seed, stream, offset, dtype, device, generator, out, backend)
 
 
 def logistic(
     shape: Sequence[int], *, seed: int | Tensor | None = None, stream: int | Tensor = 0, offset: int | Tensor = 0,
-    dtype: torch.dtype | None = None, device: torch.device | str | None = None, out: Tensor | None = None,
-    backend: str | None = None,
+    dtype: torch.dtype | None = None, device: torch.device | str | None = None, generator: Source = None,
+    out: Tensor | None = None, backend: str | None = None,
 ) -> Tensor:
     """Standard logistic, ln u - ln(1 - u)."""
-    return _fill("logistic", shape, seed, stream, offset, dtype, device, out, backend)
+    return _fill("logistic", shape, seed, stream, offset, dtype, device, generator, out, backend)
