@@ -8,6 +8,7 @@ import fnmatch
 import importlib
 import pathlib
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seconds", type=float, metavar="S", help="timing for each implementation (default 1, quick 0.1)")
     p.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     p.add_argument("--compile-seconds", type=float, default=90.0, metavar="S", help="its time limit (default 90)")
+    p.add_argument("--within", type=float, metavar="S", help="begin no case later than that; quick cases come first")
     p.add_argument("--out", "--json", type=pathlib.Path, default=pathlib.Path("bench_out"), metavar="DIR",
                    help="folder for bench.json and bench.png (default: %(default)s)")
     p.add_argument("--no-plot", action="store_true", help="write the JSON alone")
@@ -60,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if options.quick and not options.only:
         chosen = [(stem, case) for stem, case in chosen if case.quick]
+    if options.within is not None:
+        chosen.sort(key=lambda pair: not pair[1].quick)
+    begin = time.monotonic()
     if not options.no_plot:
         importlib.import_module("matplotlib")  # a missing extra is named now, not after minutes of timing
     console, status = Console(width=None if sys.stdout.isatty() else 80), Console(stderr=True)
@@ -71,10 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.print_header(console, about, machine.as_dict(rates))
 
     rows: list[Row] = []
+    left_out: list[str] = []
     interrupted = False
     with _progress(status, len(chosen)) as (step, advance):
         try:
-            for stem, case in chosen:
+            for number, (stem, case) in enumerate(chosen):
+                if options.within is not None and time.monotonic() - begin > options.within:
+                    about["left_out"] = left_out = [case.name for _, case in chosen[number:]]
+                    report.save_json(options.out / "bench.json", about, machine.as_dict(rates), rows)
+                    break
                 settings = Settings(
                     device=device,
                     seconds=options.seconds or (0.1 if options.quick else 1.0),
@@ -91,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 advance()
         except KeyboardInterrupt:
             interrupted = True
+    if left_out:
+        console.print(f"\nleft out after {options.within:g} s: {', '.join(left_out)}", highlight=False)
     if rows:
         if told := machine.other_work(about):
             console.print(f"\n{told}", style="red")

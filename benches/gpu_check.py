@@ -40,7 +40,7 @@ SANITIZED = "test_every_order_of_threads or test_noise_and_models or test_views_
 class Step:
     name: str
     command: list[str]
-    limit: float  # seconds
+    limit: float = 0.0  # seconds
     status: str = "not run"  # passed, failed (N), timed out, skipped, no GPU, not installed, passed before
     seconds: float = 0.0
     last_line: str = ""
@@ -108,10 +108,11 @@ def sanitizer() -> str | None:
     return str(beside) if beside.is_file() else shutil.which("compute-sanitizer")
 
 
-def steps(device: str, site: pathlib.Path, out: pathlib.Path, minutes: float, cases: Sequence[str]) -> list[Step]:
-    """What runs, in order, each with its share of the time."""
+def steps(device: str, site: pathlib.Path, out: pathlib.Path, cases: Sequence[str]) -> list[Step]:
+    """What runs, in order."""
     python = sys.executable
-    bench = [python, "-m", "onepass.benches", "--device", device, "--out", str(out), "--compile-seconds", "60"]
+    bench = [python, "-m", "onepass.benches", "--device", device, "--out", str(out), "--compile-seconds", "20",
+             "--seconds", "0.2"]
     tests = [python, "-m", "pytest", "-m", "gpu", "-q", "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
     # A fault of the kernel ends the tests with a status of its own.
     watched = [sanitizer() or "compute-sanitizer", "--error-exitcode", "99", "--target-processes", "all"]
@@ -125,7 +126,13 @@ def steps(device: str, site: pathlib.Path, out: pathlib.Path, minutes: float, ca
         "racecheck": [*watched, "--tool", "racecheck", *few],
         "bench": [*bench, *cases],
     }
-    return [Step(name, command, SHARES[name] * minutes * 60) for name, command in commands.items()]
+    return [Step(name, command) for name, command in commands.items()]
+
+
+def limit_of(step: Step, plan: Sequence[Step], left_out: set[str], seconds: float) -> float:
+    """A part's share of the seconds that are left, among the parts that are still to come."""
+    ahead = [other.name for other in plan[plan.index(step):] if other.name not in left_out]
+    return seconds * SHARES[step.name] / sum(SHARES[name] for name in ahead)
 
 
 def commit() -> str:
@@ -173,12 +180,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         done.discard("build")
     if "bench" not in done:
         (out / "bench.json").unlink(missing_ok=True)  # an earlier run's figures must not pass for this one's
-    plan = steps(options.device, site, out, options.minutes, options.bench_arguments.split())
+    plan = steps(options.device, site, out, options.bench_arguments.split())
     why = why_no_gpu() if options.device == "cuda" else None
     paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     if why is None and options.device == "cuda":
         environment.setdefault("ONEPASS_CUDA_ARCHITECTURES", architecture())
+    unwatched = {"memcheck", "racecheck"} if options.device == "cpu" or sanitizer() is None else set()
+    left_out = done | unwatched | set(options.skip)
     about = {"device": options.device, "commit": commit(), "why": why}
     with tempfile.TemporaryDirectory(prefix="onepass-gpu-check-") as scratch:
         for step in plan:
@@ -188,10 +197,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 step.status, step.last_line = "no GPU", why
             elif step.name in done:
                 step.status = "passed before"
-            elif step.name in ("memcheck", "racecheck") and (options.device == "cpu" or sanitizer() is None):
+            elif step.name in unwatched:
                 step.status, step.last_line = "skipped", "compute-sanitizer needs a GPU and its own installation"
             else:
-                step.limit = max(0.01, min(step.limit, options.minutes * 60 - (time.monotonic() - start)))
+                left = options.minutes * 60 - (time.monotonic() - start)
+                step.limit = max(0.01, limit_of(step, plan, left_out, left))
+                if step.name == "bench":        # ends by itself, and says which cases it left out
+                    step.command += ["--within", f"{0.8 * step.limit:.0f}"]
                 step.run(out, _for_part(step.name, environment), pathlib.Path(scratch))
                 if step.name == "build" and step.status != "passed":
                     lay_out(site)

@@ -220,6 +220,14 @@ def test_the_command_writes_a_table_json_and_a_plot(tmp_path: Path, capsys: pyte
     json.loads((tmp_path / "bench.json").read_text())
 
 
+def test_what_does_not_fit_the_time_is_left_out_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["rng", "--only", "normal_1m_*", "--quick", "--device", "cpu", "--seconds", "0.001", "--no-plot"]
+    assert main([*arguments, "--within", "0", "--out", str(tmp_path)]) == 0
+    assert "left out after 0 s: normal_1m_fp32, normal_1m_bf16" in capsys.readouterr().out
+    about, _, rows = report.load_json(tmp_path / "bench.json")
+    assert about["left_out"] == ["normal_1m_fp32", "normal_1m_bf16"] and rows == []
+
+
 def test_unknown_names_list_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, known in ((["nosuch"], "reparam"), (["rng", "--only", "nosuch"], "normal_1m_fp32")):
         with pytest.raises(SystemExit) as stopped:
@@ -243,52 +251,6 @@ def test_every_case_is_well_formed() -> None:
 def test_listing_allocates_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list", "--device", "cpu"]) == 0
     assert "z_kl_b64_fp32" in capsys.readouterr().out
-
-
-def gpu_check(*arguments: str) -> subprocess.CompletedProcess[str]:
-    script = Path(__file__).parent.parent / "benches" / "gpu_check.py"
-    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_gpu_check_without_a_gpu_says_so_for_every_part(tmp_path: Path) -> None:
-    done = gpu_check("--out", str(tmp_path), "--skip", "info")
-    assert done.returncode == 2
-    found = json.loads((tmp_path / "gpu_check.json").read_text())
-    states = {step["name"]: step["status"] for step in found["steps"]}
-    assert states.pop("info") == "skipped"
-    assert states == dict.fromkeys(("build", "tests", "memcheck", "racecheck", "bench"), "no GPU")
-    assert "sees no GPU" in found["why"]
-    *table, summary = done.stdout.splitlines()
-    assert len(table) == 6 and summary.startswith("gpu-check: 0 of 5 parts passed on cuda (build no GPU, info skipped")
-    assert not (tmp_path / "site").exists()
-
-
-def test_gpu_check_rehearsed_on_the_cpu_goes_on_after_a_failure(tmp_path: Path) -> None:
-    few = "rng --only normal_1m_fp32 --quick --no-plot --seconds 0.001"
-    skipped = ("--skip", "build", "--skip", "tests")
-    done = gpu_check("--device", "cpu", "--out", str(tmp_path), *skipped, "--bench-arguments", few)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert found["rates"]["copy"] > 0
-    assert found["rows"]
-    states = {step["name"]: step["status"] for step in found["steps"]}
-    assert states["bench"] == states["info"] == "passed" and states["memcheck"] == states["tests"] == "skipped"
-
-    done = gpu_check("--device", "cpu", "--out", str(tmp_path), *skipped, "--resume", "--bench-arguments", few)
-    again = json.loads((tmp_path / "gpu_check.json").read_text())
-    clean = found["commit"] and not found["commit"].endswith("-dirty")      # then what passed is kept
-    assert {s["name"]: s["status"] for s in again["steps"]}["bench"] == ("passed before" if clean else "passed")
-    assert done.returncode == 0 and again["rows"]
-
-    done = gpu_check(
-        "--device", "cpu", "--out", str(tmp_path), "--skip", "tests", "--minutes", "0.001", "--bench-arguments", few
-    )
-    assert done.returncode == 1
-    found = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert {step["name"]: step["status"] for step in found["steps"]}["build"] == "timed out"
-    assert "rows" not in found  # nothing of the first run
-    assert done.stdout.splitlines()[-1].startswith("gpu-check: ")
 
 
 def test_the_performance_page_is_made_from_the_results() -> None:
