@@ -142,7 +142,7 @@ def test_every_part_runs_with_stand_ins_for_its_tools(
         assert words[:2] == ["--error-exitcode", "99"] and words[words.index("-k") + 1] == machine.SANITIZED
         assert words[words.index(sys.executable) + 1 :][:2] == ["-m", "pytest"]
     bench = ran["onepass.benches"][0]
-    assert bench[bench.index("--device") + 1] == "cuda" and 60 < float(bench[bench.index("--within") + 1]) < 96
+    assert bench[bench.index("--device") + 1] == "cuda" and 60 < float(bench[bench.index("--within") + 1]) <= 96
     *_, last = capsys.readouterr().out.splitlines()
     assert last.startswith("gpu-check: 5 of 6 parts passed on cuda (build passed, info passed, tests passed")
 
