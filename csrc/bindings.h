@@ -164,28 +164,36 @@ void def_denoise_step(py::module_& m, Run run) {
   });
 }
 
+// Per token where there are three dims: [pages, slots, Hkv]; else [B, Hkv].
+inline Scales scales(const Array& x) {
+  if (!x) return {};
+  const bool per_token = x.dims() == 3;
+  return {x.as<float>(), x.stride(0), per_token ? x.stride(1) : 0, x.stride(-1), per_token};
+}
+
 // As def_denoise_step.
 template <class Target, class Run>
 void def_kvcache_append(py::module_& m, Run run) {
-  m.def("kvcache_append",
-        [run](const Array& k, const Array& v, const Array& k_cache, const Array& v_cache, const Array& seqlens,
-              const Array& block_table, const Array& batch_idx, const Array& cu_seqlens, const Array& cos,
-              const Array& sin, bool interleaved, const Target& target) {
-          const int64_t steps = cu_seqlens ? k.size(0) : k.size(1);
-          const Cache cache{seqlens.as<const int32_t>(),
-                            0,
-                            cu_seqlens ? -1 : steps,
-                            k_cache.size(1),
-                            k_cache.size(0),
-                            block_table.as<const int32_t>(),
-                            block_table ? block_table.size(1) : 0,
-                            batch_idx.as<const int32_t>(),
-                            nullptr,
-                            cu_seqlens.as<const int32_t>()};
-          run(Append{seqlens.size(0), k.size(-2), k.size(-1), v.size(-1), k.size(0), steps, k.dtype(), heads(k),
-                     heads(v), heads(k_cache), heads(v_cache), cache, rotary(cos, sin, interleaved), 0},
-              target);
-        });
+  m.def("kvcache_append", [run](const Array& k, const Array& v, const Array& k_cache, const Array& v_cache,
+                                const Array& seqlens, const Array& block_table, const Array& batch_idx,
+                                const Array& cu_seqlens, const Array& cos, const Array& sin, bool interleaved,
+                                int codes, const Array& k_scale, const Array& v_scale, const Target& target) {
+    const int64_t steps = cu_seqlens ? k.size(0) : k.size(1);
+    const Cache cache{seqlens.as<const int32_t>(),
+                      0,
+                      cu_seqlens ? -1 : steps,
+                      k_cache.size(1),
+                      k_cache.size(0),
+                      block_table.as<const int32_t>(),
+                      block_table ? block_table.size(1) : 0,
+                      batch_idx.as<const int32_t>(),
+                      nullptr,
+                      cu_seqlens.as<const int32_t>()};
+    run(Append{seqlens.size(0), k.size(-2), k.size(-1), v.size(-1), k.size(0), steps, k.dtype(), heads(k), heads(v),
+               heads(k_cache), heads(v_cache), cache, rotary(cos, sin, interleaved), 0, static_cast<Codes>(codes),
+               scales(k_scale), scales(v_scale)},
+        target);
+  });
 }
 
 // A call of many parts is an object; a module's own, so that the block emulator can be loaded beside onepass._C.
@@ -196,7 +204,8 @@ inline void bind_attention_call(py::module_& m) {
                        const Array& batch_idx, const Array& leftpad, const Array& cu_seqlens, const Array& cos,
                        const Array& sin, bool interleaved, bool rotary_ordered, bool causal, int64_t window_left,
                        int64_t window_right, float softcap, float scale, const Array& slopes, const Array& sinks,
-                       const Array& mask, const Array& tree, int num_threads) {
+                       const Array& mask, const Array& tree, int codes, const Array& k_scale, const Array& v_scale,
+                       int num_threads) {
         const int64_t n_heads = q.size(-2);
         return Attention{
             seqlens ? seqlens.size(0) : q.size(0),
@@ -226,7 +235,10 @@ inline void bind_attention_call(py::module_& m) {
             sinks.as<const float>(),
             score_mask(mask),
             tree.as<const uint8_t>(),
-            num_threads};
+            num_threads,
+            static_cast<Codes>(codes),
+            scales(k_scale),
+            scales(v_scale)};
       }));
 }
 

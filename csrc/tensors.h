@@ -46,7 +46,7 @@ struct Functions {
   int (*view)(void* object, Array* out);
   int (*current_stream)(int32_t device_type, int32_t device, void** out);
 };
-enum Kind : uint8_t { INT = 0, UINT = 1, FLOAT = 2, BFLOAT = 4, BOOL = 6 };
+enum Kind : uint8_t { INT = 0, UINT = 1, FLOAT = 2, BFLOAT = 4, BOOL = 6, E4M3FN = 10 };
 constexpr int32_t CPU = 1;
 
 }  // namespace dlpack
@@ -143,10 +143,12 @@ class Array {
              device.attr("type").cast<std::string>() == "cpu" ? dlpack::CPU : 0,
              index.is_none() ? 0 : index.cast<int32_t>(),
              static_cast<int32_t>(shape.size()),
-             name == "torch.bool"       ? dlpack::BOOL
-             : name == "torch.bfloat16" ? dlpack::BFLOAT
-             : floating                 ? dlpack::FLOAT
-                                        : dlpack::INT,
+             name == "torch.bool"            ? dlpack::BOOL
+             : name == "torch.uint8"         ? dlpack::UINT
+             : name == "torch.bfloat16"      ? dlpack::BFLOAT
+             : name == "torch.float8_e4m3fn" ? dlpack::E4M3FN
+             : floating                      ? dlpack::FLOAT
+                                             : dlpack::INT,
              static_cast<uint8_t>(8 * dtype.attr("itemsize").cast<int>()),
              1,
              held_.data(),

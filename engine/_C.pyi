@@ -63,7 +63,8 @@ class Attention:
         appended: int, block_table: Tensor | None, batch_idx: Tensor | None, leftpad: Tensor | None,
         cu_seqlens: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool, rotary_ordered: bool,
         causal: bool, window_left: int, window_right: int, softcap: float, scale: float, slopes: Tensor | None,
-        sinks: Tensor | None, mask: Tensor | None, tree: Tensor | None, num_threads: int, /,
+        sinks: Tensor | None, mask: Tensor | None, tree: Tensor | None, codes: int, k_scale: Tensor | None,
+        v_scale: Tensor | None, num_threads: int, /,
     ) -> None: ...
 
 def cache_fits(
@@ -79,7 +80,7 @@ def attention_backward(
 def kvcache_append(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, block_table: Tensor | None,
     batch_idx: Tensor | None, cu_seqlens: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool,
-    num_threads: int, /,
+    codes: int, k_scale: Tensor | None, v_scale: Tensor | None, num_threads: int, /,
 ) -> None: ...
 
 def read_bytes(source: int, bytes: int, num_threads: int, /) -> int: ...

@@ -10,12 +10,22 @@ from torch import Tensor
 from . import _checks as check
 
 MAX_HEAD_DIM = 256
+CODES = (torch.int8, torch.float8_e4m3fn)       # what a quantized cache holds
 
 
 def is_rank(name: str, x: Any, layout: str) -> None:
     check.is_float_tensor(name, x)
     if x.dim() != len(layout.split(",")):
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected [{layout}]")
+
+
+def is_cache(name: str, x: Any, layout: str) -> None:
+    """A tensor of values or of codes."""
+    if isinstance(x, Tensor) and x.dtype in CODES:
+        if x.dim() != len(layout.split(",")):
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected [{layout}]")
+    else:
+        is_rank(name, x, layout)
 
 
 def is_size(name: str, x: Tensor, dim: int, size: int, meaning: str) -> None:
@@ -28,6 +38,31 @@ def same_kind(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise TypeError(f"{name} has dtype {x.dtype}, expected that of {other_name}, {other.dtype}")
     if x.device != other.device:
         raise ValueError(f"{name} is on {x.device}, expected the device of {other_name}, {other.device}")
+
+
+def same_device(name: str, x: Tensor, q: Tensor) -> None:
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device}, expected the device of q, {q.device}")
+
+
+def scales(name: str, x: Tensor | None, cache: Tensor, batch: int, q: Tensor) -> None:
+    """The scales of a cache: of codes only, and of int8 always."""
+    per_head, per_token = (batch, cache.shape[2]), tuple(cache.shape[:3])
+    expected = f"float32 [B, Hkv] = {per_head}, or {per_token}: a scale for each token and head of the cache"
+    if cache.dtype not in CODES:
+        if x is not None:
+            raise ValueError(f"{name} is given with a cache of {cache.dtype}, expected one of int8 or float8_e4m3fn")
+    elif x is None:
+        if cache.dtype == torch.int8:
+            raise ValueError(f"{name} is None with a cache of int8, expected {expected}")
+    elif not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {type(x).__name__}, expected {expected}")
+    elif x.dtype != torch.float32:
+        raise TypeError(f"{name} has dtype {x.dtype}, expected {expected}")
+    elif tuple(x.shape) not in (per_head, per_token):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {expected}")
+    else:
+        same_device(name, x, q)
 
 
 def heads(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str]) -> None:

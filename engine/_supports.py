@@ -112,25 +112,37 @@ def _composite(native: Callable[..., str | None], *args: Any) -> str | None:
     return next((why for dtype in floats if (why := cpu_dtype(dtype))), None)
 
 
-def kvcache_cpu(*args: Any) -> str | None:
-    """As floats_cpu, of the append and of the attention."""
-    return _cache_strides(*args[:3]) or floats_cpu(*args)
+def append_cpu(k_cache: Tensor, v_cache: Tensor, k: Tensor, *args: Any) -> str | None:
+    return cache_strides(k_cache, v_cache) or floats_cpu(k, k_cache, v_cache, *args)
 
 
-def _cache_strides(*caches: Tensor) -> str | None:
-    """The caches are the tensors of rank 4 in place 0 to 2."""
-    for name, cache in zip(("q or k_cache", "k_cache or v_cache", "k or v_cache"), caches, strict=True):
+def kvcache_cpu(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> str | None:
+    return cache_strides(k_cache, v_cache) or floats_cpu(q, k_cache, v_cache, *args)
+
+
+def cache_strides(k_cache: Tensor, v_cache: Tensor) -> str | None:
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.numel() and cache.stride(-1) != 1 and cache.shape[-1] != 1:
             return f"{name} has stride {cache.stride(-1)} in the head dim, the kernel takes 1"
     return None
+
+
+def no_codes(k_cache: Tensor) -> str | None:
+    """Why a kernel that takes no quantized cache refuses this one."""
+    return None if k_cache.is_floating_point() and k_cache.itemsize > 1 else f"it takes no cache of {k_cache.dtype} yet"
 
 
 def attention_cuda(*args: Any) -> str | None:
     return _head_dims(*args[:3]) or floats_cuda(*args)
 
 
-def kvcache_cuda(*args: Any) -> str | None:
-    return _cache_strides(*args[:3]) or _head_dims(*args[:3]) or floats_cuda(*args)
+def append_cuda(k_cache: Tensor, v_cache: Tensor, *args: Any) -> str | None:
+    return kvcache_cuda(k_cache, k_cache, v_cache, *args)
+
+
+def kvcache_cuda(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> str | None:
+    refused = no_codes(k_cache) or cache_strides(k_cache, v_cache) or _head_dims(q, v_cache)
+    return refused or floats_cuda(q, k_cache, v_cache, *args)
 
 
 def varlen_cuda(*args: Any) -> str | None:

@@ -85,9 +85,10 @@ def composite(*args: Any) -> str | None:
     return next((why for dtype in floats if (why := cpu_dtype(dtype))), None)
 
 
-def kvcache(*args: Any) -> str | None:
-    """Of the append and of the attention: what the CPU asks of the caches."""
-    for name, cache in zip(("q or k_cache", "k_cache or v_cache", "k or v_cache"), args[:3], strict=True):
-        if cache.numel() and cache.stride(-1) != 1 and cache.shape[-1] != 1:
-            return f"{name} has stride {cache.stride(-1)} in the head dim, the kernel takes 1"
-    return floats(*args)
+def append(k_cache: Tensor, v_cache: Tensor, *args: Any) -> str | None:
+    return kvcache(k_cache, k_cache, v_cache, *args)
+
+
+def kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> str | None:
+    refused = _supports.no_codes(k_cache) or _supports.cache_strides(k_cache, v_cache)
+    return refused or floats(q, k_cache, v_cache, *args)

@@ -73,7 +73,8 @@ def _checked(
 
 def attention_with_kvcache(
     q: Tensor,                              # [B, Sq, H, D], or [total, H, D] with cu_seqlens_q
-    k_cache: Tensor,                        # [Bc, capacity, Hkv, D], or [pages, page_size, Hkv, D] with block_table
+    k_cache: Tensor,                        # [Bc, capacity, Hkv, D], or [pages, page_size, Hkv, D] with block_table;
+                                            # the dtype of q, or quantized: int8 or float8_e4m3fn
     v_cache: Tensor,                        # as k_cache, with head dim Dv
     k: Tensor | None = None,                # [B, Sn, Hkv, D] or [total, Hkv, D]: appended in place before attending
     v: Tensor | None = None,                # as k, with head dim Dv
@@ -94,8 +95,8 @@ def attention_with_kvcache(
     alibi_slopes: Tensor | None = None,     # [H] or [B, H]
     sinks: Tensor | None = None,            # [H]
     tree_mask: Tensor | None = None,        # bool [B, Sq, Sq]: which of the last Sq keys a query sees
-    k_scale: Tensor | None = None,          # of quantized caches, which no backend takes yet
-    v_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,          # float32, of a quantized cache: per head [B, Hkv], only read; or per token,
+    v_scale: Tensor | None = None,          # as the cache without its last dim, written by the append
     return_lse: bool = False,
     out: Tensor | None = None,
     workspace: Tensor | None = None,        # scratch to reuse; kernels on the CPU take theirs from torch's allocator
@@ -107,13 +108,21 @@ def attention_with_kvcache(
     rotary embedding is its index in the cache, leftpad not subtracted; queries rotate at cache_seqlens + i with causal,
     a window or a tree mask, else all at cache_seqlens. Slots and pages without a valid key are never read. Options and
     LSE are those of `attention`. Inference only.
+
+    A quantized cache holds codes: a value is code * scale, as with flash-attn 3's k_descale and v_descale, and is never
+    rounded to q's dtype. Scales of keys and of values may differ in kind; float8 without one has scale 1, int8 needs
+    it. The append writes round(x / scale), ties to even, saturating at -127 to 127 or -448 to 448, x in float32 after
+    the rotation. Per token the scale is amax / 127 or amax / 448 of the token's head, so that of zeros is 0; a NaN or
+    Inf there makes it NaN or Inf, and rows that see the token NaN. With a scale per head Inf saturates, NaN is float8's
+    NaN and int8's 0.
     Raises ValueError or TypeError before anything is written; values on a GPU are not read: what is out of range there
     is skipped.
     """
     key = signature(
         "kvcache", q, k_cache, v_cache, k, v, "int" if type(cache_seqlens) is int else cache_seqlens, block_table,
         cache_batch_idx, cache_leftpad, cu_seqlens_q, max_seqlen_q, rotary_cos, rotary_sin, rotary_interleaved, causal,
-        window, softcap, scale, alibi_slopes, sinks, tree_mask, k_scale, v_scale, out, workspace, backend,
+        window, softcap, scale, alibi_slopes, sinks, tree_mask, k_scale, v_scale, k_scale is v_scale, out, workspace,
+        backend,
     )
     if (known := recall(key)) is None:
         q, k, v, (batch, longest, appended), options = _checked_kvcache(
@@ -130,9 +139,10 @@ def attention_with_kvcache(
         expect.cache_values(k_cache, seqlens, appended, *places, q.shape[0], positions)
 
     rotary = (rotary_cos, rotary_sin, rotary_interleaved)
-    new = (k_cache, v_cache, k, v, seqlens, *places, *rotary)
+    new = (k_cache, v_cache, k, v, seqlens, *places, *rotary, *_by_kind(k_scale, v_scale))
     args = (
-        q, k_cache, v_cache, seqlens, appended, *places, *rotary, causal, *options, alibi_slopes, sinks, tree_mask
+        q, k_cache, v_cache, seqlens, appended, *places, *rotary, causal, *options, alibi_slopes, sinks, tree_mask,
+        k_scale, v_scale,
     )
     if known is None:
         append = None if k is None else route("kvcache_append", new, backend)
@@ -156,15 +166,18 @@ def _checked_kvcache(
 
     All that is asked of a call but the values of its tensors and of an int cache_seqlens.
     """
-    if k_scale is not None or v_scale is not None:
-        raise ValueError("k_scale and v_scale: quantized caches are not supported yet on any backend")
     ragged = cu_seqlens_q is not None
     expect.is_rank("q", q, "total, H, D" if ragged else "B, Sq, H, D")
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        expect.is_rank(name, x, "pages, page_size, Hkv, D" if block_table is not None else "B, capacity, Hkv, D")
-    q, k, v = autocast(q, k, v, to=k_cache.dtype)
+        expect.is_cache(name, x, "pages, page_size, Hkv, D" if block_table is not None else "B, capacity, Hkv, D")
+    quantized = k_cache.dtype in expect.CODES
+    q, k, v = autocast(q, k, v, to=None if quantized else k_cache.dtype)
+    expect.same_kind("v_cache", v_cache, "k_cache", k_cache)
+    if quantized:
+        expect.same_device("k_cache", k_cache, q)
+    else:
+        expect.same_kind("k_cache", k_cache, "q", q)
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        expect.same_kind(name, x, "q", q)
         expect.is_size(name, x, 0, k_cache.shape[0], "the first dim of k_cache")
         expect.is_size(name, x, 1, k_cache.shape[1], "the slots of k_cache")
     expect.heads(q, k_cache, v_cache, ("k_cache", "v_cache"))
@@ -175,6 +188,10 @@ def _checked_kvcache(
     appended = _appended(q, k_cache, v_cache, k, v, ragged)
     options = expect.options(window, softcap, scale, q.shape[-1])
     expect.per_head(q, q.shape[-2], batch, alibi_slopes, sinks)
+    expect.scales("k_scale", k_scale, k_cache, batch, q)
+    expect.scales("v_scale", v_scale, v_cache, batch, q)
+    if k is not None and k_scale is not None and k_scale is v_scale and k_scale.dim() == 3:
+        raise ValueError("v_scale is k_scale: the append writes both, expected two tensors")
     expect.rotary(rotary_cos, rotary_sin, q, k)
     expect.is_index("cu_seqlens_q", cu_seqlens_q, (batch + 1,), q, f"[B + 1] = [{batch + 1}]")
     expect.is_index("block_table", block_table, (batch, None), q, f"[B, blocks] with B = {batch}")
@@ -186,7 +203,10 @@ def _checked_kvcache(
         raise ValueError(
             f"tree_mask is {tree_mask.dtype} {tuple(tree_mask.shape)}, expected bool {(batch, longest, longest)}"
         )
-    differentiable = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "sinks": sinks}
+    differentiable = {
+        "q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "sinks": sinks, "k_scale": k_scale,
+        "v_scale": v_scale,
+    }
     for name, tensor in differentiable.items():
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} requires a gradient: the cache is for inference, call it under torch.no_grad()")
@@ -272,6 +292,13 @@ def _appended(
     if not ragged:
         expect.is_size("v", v, 1, k.shape[1], "the tokens of k")
     return -1 if ragged else k.shape[1]
+
+
+def _by_kind(k_scale: Tensor | None, v_scale: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of keys and values per head, then per token."""
+    if k_scale is None and v_scale is None:
+        return None, None, None, None
+    return tuple(x if x is not None and x.dim() == rank else None for rank in (2, 3) for x in (k_scale, v_scale))
 
 
 def _seqlens(cache_seqlens: int | Tensor, batch: int, q: Tensor) -> Tensor:

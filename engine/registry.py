@@ -57,6 +57,7 @@ _SCORES = "bool causal, SymInt window_left, SymInt window_right, float softcap, 
 _ROWS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 _PAGES = "float32, bfloat16, float16; pages with unit stride in the head dim"
 _CACHES = "float32, bfloat16, float16; caches with unit stride in the head dim"
+_CODES = f"{_CACHES}; caches of int8 or float8_e4m3fn with scales"
 _CLOSED_FORM = "the closed form of the reference, in PyTorch"
 _HALF_AND_SINGLE = "float32, bfloat16, float16"
 _ANY_STRIDES = f"{_HALF_AND_SINGLE}; any strides"
@@ -193,12 +194,13 @@ _TABLE = [
         "kvcache_append",
         "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens, Tensor? block_table, "
         "Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? cu_seqlens, SymInt max_seqlen_q, Tensor? rotary_cos, "
-        "Tensor? rotary_sin, bool rotary_interleaved, *, str? backend=None) -> ()",
+        "Tensor? rotary_sin, bool rotary_interleaved, Tensor? k_head_scale=None, Tensor? v_head_scale=None, "
+        "Tensor(c!)? k_token_scale=None, Tensor(d!)? v_token_scale=None, *, str? backend=None) -> ()",
         "attention_with_kvcache, the append",
         {
-            "cuda": Impl("onepass._native.attention:kvcache_append", supports.kvcache_cuda, _CUDA_CACHES),
-            "triton": Impl("onepass.kernels.attention:kvcache_append", triton.kvcache, _CACHES),
-            "cpu": Impl("onepass._native.attention:kvcache_append", supports.kvcache_cpu, _CACHES),
+            "cuda": Impl("onepass._native.attention:kvcache_append", supports.append_cuda, _CUDA_CACHES),
+            "triton": Impl("onepass.kernels.attention:kvcache_append", triton.append, _CACHES),
+            "cpu": Impl("onepass._native.attention:kvcache_append", supports.append_cpu, _CODES),
             "reference": _reference("kvcache:kvcache_append"),
         },
         check=expect.append_values,
@@ -208,12 +210,13 @@ _TABLE = [
         "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, SymInt appended, Tensor? block_table, "
         "Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? cu_seqlens_q, SymInt max_seqlen_q, "
         f"Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, {_SCORES}, Tensor? alibi_slopes, "
-        "Tensor? sinks, Tensor? tree_mask, *, str? backend=None) -> (Tensor out, Tensor lse)",
+        "Tensor? sinks, Tensor? tree_mask, Tensor? k_scale=None, Tensor? v_scale=None, *, str? backend=None) "
+        "-> (Tensor out, Tensor lse)",
         "attention_with_kvcache",
         {
             "cuda": Impl("onepass._native.attention:kvcache_attention", supports.kvcache_cuda, _CUDA_CACHES),
             "triton": Impl("onepass.kernels.attention:kvcache_attention", triton.kvcache, _CACHES),
-            "cpu": Impl("onepass._native.attention:kvcache_attention", supports.kvcache_cpu, _CACHES),
+            "cpu": Impl("onepass._native.attention:kvcache_attention", supports.kvcache_cpu, _CODES),
             "reference": _reference("kvcache:kvcache_attention"),
         },
         check=expect.attention_values,

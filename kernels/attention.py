@@ -379,7 +379,8 @@ def kvcache_attention(
     cache_batch_idx: Tensor | None, cache_leftpad: Tensor | None, cu_seqlens_q: Tensor | None, max_seqlen_q: int,
     rotary_cos: Tensor | None, rotary_sin: Tensor | None, rotary_interleaved: bool, causal: bool, window_left: int,
     window_right: int, softcap: float, scale: float, alibi_slopes: Tensor | None = None, sinks: Tensor | None = None,
-    tree_mask: Tensor | None = None, out: tuple[Tensor | None, ...] | None = None,
+    tree_mask: Tensor | None = None, k_scale: None = None, v_scale: None = None,
+    out: tuple[Tensor | None, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
     tight = lambda x: None if x is None else x.contiguous()
     return _attend(
@@ -394,7 +395,8 @@ def kvcache_append(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_seqlens: Tensor, block_table: Tensor | None = None,
     cache_batch_idx: Tensor | None = None, cache_leftpad: Tensor | None = None, cu_seqlens: Tensor | None = None,
     max_seqlen_q: int = 0, rotary_cos: Tensor | None = None, rotary_sin: Tensor | None = None,
-    rotary_interleaved: bool = True, out: None = None,
+    rotary_interleaved: bool = True, k_head_scale: None = None, v_head_scale: None = None, k_token_scale: None = None,
+    v_token_scale: None = None, out: None = None,
 ) -> None:
     k, v = _unit(k), _unit(v)
     ragged = cu_seqlens is not None

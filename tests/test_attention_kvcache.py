@@ -320,7 +320,7 @@ def test_bad_input_writes_nothing():
         ("rotary_cos and rotary_sin: expected both", {"rotary_cos": ROTARY[0]}),
         (r"tree_mask is torch.bool \(2, 2, 2\), expected bool \(2, 3, 3\)", {"tree_mask": torch.ones(2, 2, 2).bool()}),
         ("max_seqlen_q=3: expected an int with cu_seqlens_q, else None", {"max_seqlen_q": 3}),
-        ("quantized caches are not supported yet on any backend", {"k_scale": torch.ones(1)}),
+        ("k_scale is given with a cache of torch.float32", {"k_scale": torch.ones(1)}),
     ]
     for backend in ("cpu", "reference"):
         k_cache, v_cache, kwargs = rows.layout()

@@ -25,30 +25,29 @@ const T* query(const Attention& p, const Row& row, int64_t i, int64_t h) {
 }
 
 // The unit's queries as words, and an empty state.
-template <class T, bool DOT>
+template <class Q, class T, bool DOT>
 void begin_rows(const Unit& u, const Sizes& s, const Scratch& w) {
   const Attention& p = u.p;
   const int64_t group = p.heads / p.kv_heads, rows = u.to - u.from;
   const bool is_few = u.row.rows <= FEW;
   constexpr int PER = PER_WORD<T, DOT>;
   float* lines = is_few ? w.q : w.scores;  // many rows: turned from here, W rows at a time
-  float buffer[MAX_DIM + 2 * 16];
+  float buffer[MAX_DIM + 2 * W];
   for (int64_t r = 0; r < rows * (u.head_end - u.head); ++r) {
     const int64_t at = u.from + r % rows, i = at / group, h = (u.head + r / rows) * group + at % group;
-    const T* x = query<T>(p, u.row, i, h);
+    const Q* x = query<Q>(p, u.row, i, h);
     float* q = lines + (is_few ? r : r % W) * s.q_step;
-    if (!p.rotary.cos) {
+    if (!p.rotary.cos && !(DOT && IS_CODE<T>)) {
       for (int64_t k = 0; k < s.q_step; k += W)
-        store(q + k, k * PER < p.head_dim ? words<T, DOT>(x, k * PER, p.head_dim) : F32{});
+        store(q + k, k * PER < p.head_dim ? words<Q, DOT>(x, k * PER, p.head_dim) : F32{});
     } else {
-      rotate(p.rotary, p.cache.seqlens[u.row.b] + (p.rotary_ordered ? i : 0), x, buffer, p.head_dim);
+      const int64_t position = p.rotary.cos ? p.cache.seqlens[u.row.b] + (p.rotary_ordered ? i : 0) : 0;
+      rotate(p.rotary, position, x, buffer, p.head_dim);
       for (int64_t d = p.head_dim; d < s.q_step; ++d) buffer[d] = 0;
-      for (int64_t d = 0; d < s.q_step; d += W) {
-        if constexpr (DOT)
-          store(reinterpret_cast<BF16*>(q) + d, load(buffer + d));
-        else
-          store(q + d, load(buffer + d));
-      }
+      if constexpr (DOT)
+        pair_up<T>(buffer, s.q_step, q);
+      else
+        std::memcpy(q, buffer, s.q_step * sizeof(float));
     }
     if (!is_few && (r % W == W - 1 || r == rows - 1))
       turn(lines, s.q_step, r % W + 1, DOT ? s.q_step / 2 : s.q_step, w.q + r / W * W, TALL);
@@ -60,7 +59,11 @@ void begin_rows(const Unit& u, const Sizes& s, const Scratch& w) {
 
 // Pointers to head 0 of keys [at, at + count), the last one repeated to the end of the tile.
 template <class T>
-void locate(const Attention& p, const Row& row, int64_t at, int64_t count, const char** key, const char** value) {
+void locate(const Attention& p, const Row& row, int64_t at, int64_t count, Places* to) {
+  static const float ONE = 1;
+  const auto scales_at = [&](const Scales& s, int64_t page, int64_t slot) {
+    return s.data ? s.data + (s.per_token ? page * s.batch + slot * s.step : row.b * s.batch) : &ONE;
+  };
   const Cache& c = p.cache;
   const int64_t k_step = p.k.step * sizeof(T), v_step = p.v.step * sizeof(T);
   for (int64_t j = 0; j < count;) {
@@ -73,14 +76,22 @@ void locate(const Attention& p, const Row& row, int64_t at, int64_t count, const
     }
     const char* k = static_cast<const char*>(p.k.data) + page * p.k.batch * sizeof(T) + within * k_step;
     const char* v = static_cast<const char*>(p.v.data) + page * p.v.batch * sizeof(T) + within * v_step;
-    for (; j < run; ++j, k += k_step, v += v_step) {
-      key[j] = k;
-      value[j] = v;
+    for (; j < run; ++j, ++within, k += k_step, v += v_step) {
+      to->key[j] = k;
+      to->value[j] = v;
+      if constexpr (IS_CODE<T>) {
+        to->key_scale[j] = scales_at(p.k_scale, page, within);
+        to->value_scale[j] = scales_at(p.v_scale, page, within);
+      }
     }
   }
   for (int64_t j = count; count && j < KEYS; ++j) {
-    key[j] = key[count - 1];
-    value[j] = value[count - 1];
+    to->key[j] = to->key[count - 1];
+    to->value[j] = to->value[count - 1];
+    if constexpr (IS_CODE<T>) {
+      to->key_scale[j] = to->key_scale[count - 1];
+      to->value_scale[j] = to->value_scale[count - 1];
+    }
   }
 }
 
@@ -108,23 +119,21 @@ void finish_row(const Attention& p, const Row& row, int64_t i, int64_t h, const 
   p.lse[at] = none ? EMPTY : top + static_cast<float>(__builtin_log(static_cast<double>(total)));
 }
 
-template <class T, bool DOT>
-void run(const Unit& u, const Sizes& s, const Scratch& w) {
+template <class Q, class T, bool DOT>
+void run(const Unit& u, const Sizes& s, Scratch& w) {
   const Attention& p = u.p;
-  begin_rows<T, DOT>(u, s, w);
+  begin_rows<Q, T, DOT>(u, s, w);
   const bool is_few = u.row.rows <= FEW;
   int64_t located = 0;
   for (int64_t at = u.begin; at < u.end; at += KEYS) {
     const int count = static_cast<int>(least(KEYS, u.end - at));
     // The next tile may belong to the next chunk, which this thread does next.
-    if (located) {
-      std::memcpy(w.key, w.key + KEYS, KEYS * sizeof *w.key);
-      std::memcpy(w.value, w.value + KEYS, KEYS * sizeof *w.value);
-    } else {
-      locate<T>(p, u.row, at, count, w.key, w.value);
-    }
+    if (located)
+      w.advance();
+    else
+      locate<T>(p, u.row, at, count, w.now);
     const int ahead = static_cast<int>(most(0, least(KEYS, u.row.end - at - KEYS)));
-    locate<T>(p, u.row, at + KEYS, ahead, w.key + KEYS, w.value + KEYS);
+    locate<T>(p, u.row, at + KEYS, ahead, w.then);
     located = ahead;
     if (!is_few) many<T, DOT>(u, s, w, at, count, ahead);
     for (int64_t head = u.head; is_few && head < u.head_end; ++head) few<T, DOT>(u, s, w, head, at, count, ahead);
@@ -134,7 +143,7 @@ void run(const Unit& u, const Sizes& s, const Scratch& w) {
     const int64_t line = u.from + r % rows, head = u.head + r / rows;
     const float total = is_few ? sum(load(w.total + r * W)) : w.total[r];
     if (u.row.chunks == 1) {
-      finish_row<T>(p, u.row, line / group, head * group + line % group, u.c + r * u.c_step, w.top[r], total);
+      finish_row<Q>(p, u.row, line / group, head * group + line % group, u.c + r * u.c_step, w.top[r], total);
       continue;
     }
     u.c[r * s.part + s.c_step] = w.top[r];
@@ -187,7 +196,7 @@ Unit unit_of(const Attention& p, const Row& row, int64_t at, const Sizes& s, con
   return u;
 }
 
-template <class T, bool DOT>
+template <class Q, class T, bool DOT>
 void forward_as(const Attention& p, void* workspace) {
   const Sizes s(p);
   const Layout layout(p, workspace);
@@ -207,7 +216,7 @@ void forward_as(const Attention& p, void* workspace) {
   parallel_for(team, 1, static_cast<int>(team), [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
       Arena arena{layout.scratch + thread * layout.scratch_bytes};
-      const Scratch w(arena, s);
+      Scratch w(arena, s);
       int64_t unit = even ? units * thread / team : __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       const int64_t last = even ? units * (thread + 1) / team : units;
       while (unit < last) {
@@ -217,7 +226,7 @@ void forward_as(const Attention& p, void* workspace) {
           (layout.unit_start[middle] <= unit ? low : high) = middle;
         }
         const Row row(p, low);
-        run<T, DOT>(
+        run<Q, T, DOT>(
             unit_of(p, row, unit - layout.unit_start[low], s, w, layout.parts + layout.part_start[low] * s.part), s, w);
         unit = even ? unit + 1 : __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       }
@@ -229,15 +238,16 @@ void forward_as(const Attention& p, void* workspace) {
     for (int64_t at = begin; at < end; ++at) {
       const Row row(p, at / p.kv_heads);
       for (int64_t line = 0; row.chunks > 1 && line < row.rows; ++line)
-        combine<T>(p, row, s, layout.parts + layout.part_start[row.b] * s.part, at % p.kv_heads, line);
+        combine<Q>(p, row, s, layout.parts + layout.part_start[row.b] * s.part, at % p.kv_heads, line);
     }
   });
 }
 
 void forward(const Attention& p, void* workspace) {
   with_dtype(p.dtype, [&](auto t) {
-    using T = decltype(t);
-    forward_as<T, HAS_DOT && std::is_same_v<T, BF16>>(p, workspace);
+    using Q = decltype(t);
+    with_codes<Q>(p.codes,
+                  [&](auto c) { forward_as<Q, decltype(c), HAS_DOT && std::is_same_v<Q, BF16>>(p, workspace); });
   });
 }
 

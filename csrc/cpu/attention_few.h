@@ -12,7 +12,7 @@ namespace {
 template <class T, bool DOT, int R, bool FETCH, class Row, class Next>
 OP_INLINE void dots(const float* q, int64_t q_step, Row&& row, Next&& next, int count, int64_t dim, float* scores,
                     int64_t scores_step) {
-  constexpr int KEYS = W / R, N = W * PER_WORD<T, DOT>;
+  constexpr int KEYS = W / R, N = W * PER_WORD<T, DOT>, LINE = most(N, 64 / sizeof(T));
   for (int j = 0; j < count; j += KEYS) {
     const T *key[KEYS], *soon[KEYS];
 #pragma GCC unroll 16
@@ -21,21 +21,24 @@ OP_INLINE void dots(const float* q, int64_t q_step, Row&& row, Next&& next, int 
       soon[i] = FETCH ? next(j + i) : nullptr;
     }
     F32 acc[W] = {};
-    const auto add = [&](int64_t d, auto&& read) {
+    const auto add = [&](int64_t d, bool fetch, auto&& read) {
       F32 x[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) x[r] = load(q + r * q_step + d / PER_WORD<T, DOT>);
 #pragma GCC unroll 16
       for (int i = 0; i < KEYS; ++i) {
         const F32 y = read(key[i], d);
-        if (FETCH) __builtin_prefetch(soon[i] + d, 0, 2);
+        if (FETCH && fetch) __builtin_prefetch(soon[i] + d, 0, 2);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) acc[r * KEYS + i] = multiply_add<DOT>(x[r], y, acc[r * KEYS + i]);
       }
     };
     int64_t d = 0;
-    for (; d + N <= dim; d += N) add(d, [](const T* x, int64_t d) { return all_words<T, DOT>(x + d); });
-    if (d < dim) add(d, [&](const T* x, int64_t d) { return words<T, DOT>(x, d, dim); });
+    for (; d + LINE <= dim; d += LINE)
+#pragma GCC unroll 4
+      for (int n = 0; n < LINE; n += N)
+        add(d + n, n == 0, [](const T* x, int64_t d) { return all_words<T, DOT>(x + d); });
+    for (; d < dim; d += N) add(d, true, [&](const T* x, int64_t d) { return words<T, DOT>(x, d, dim); });
     float lanes[W];
     store(lanes, sums(acc));
     for (int r = 0; r < R; ++r) std::memcpy(scores + r * scores_step + j, lanes + r * KEYS, KEYS * sizeof(float));
@@ -47,6 +50,7 @@ template <class T, bool DOT, int R, int N, bool FETCH, class Row, class Next>
 OP_INLINE void weigh_part(const float* p, int64_t p_step, Row&& row, Next&& next, int count, int64_t dim, int64_t at,
                           const float* alpha, float* c, int64_t c_step) {
   constexpr int PARTS = WAYS<DOT, N>, STEP = CHAIN<DOT> * PER_WORD<T, DOT> * PARTS;
+  constexpr int LINE = most(DOT && !IS_CODE<T> ? 2 : 1, 64 / (W * sizeof(T)));  // vectors of 64 bytes
   for (int j = 0; j < count;) {
     const bool first = j == 0;
     const int end = count - j < STEP ? count : j + STEP;
@@ -61,13 +65,19 @@ OP_INLINE void weigh_part(const float* p, int64_t p_step, Row&& row, Next&& next
         const bool lone = j + 1 >= count;
         if (FETCH)
 #pragma GCC unroll 4
-          for (int n = 0; n < N; n += 2) {
+          for (int n = 0; n < N; n += LINE) {
             __builtin_prefetch(next(j) + at + n * W, 0, 2);
             __builtin_prefetch(next(j + 1) + at + n * W, 0, 2);
           }
         F32 pair[N];
+        if constexpr (IS_CODE<T>) {
 #pragma GCC unroll 4
-        for (int n = 0; n < N; n += 2) {
+          for (int n = 0; n < N; ++n)
+            pair[n] =
+                pairs(words<T, false>(even, at + n * W, dim), lone ? F32{} : words<T, false>(odd, at + n * W, dim));
+        }
+#pragma GCC unroll 4
+        for (int n = 0; n < N && !IS_CODE<T>; n += 2) {
           const __m512i a = (__m512i)words<T, true>(even, at + n * W, dim);
           const __m512i b = lone ? _mm512_setzero_si512() : (__m512i)words<T, true>(odd, at + n * W, dim);
           pair[n] = (F32)_mm512_permutex2var_epi16(a, first, b);
@@ -85,7 +95,7 @@ OP_INLINE void weigh_part(const float* p, int64_t p_step, Row&& row, Next&& next
         const T* value = row(j);
         if (FETCH)
 #pragma GCC unroll 4
-          for (int n = 0; n < N; n += sizeof(T) == 2 ? 2 : 1) __builtin_prefetch(next(j) + at + n * W, 0, 2);
+          for (int n = 0; n < N; n += LINE) __builtin_prefetch(next(j) + at + n * W, 0, 2);
         F32 x[N];
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) x[n] = words<T, false>(value, at + n * W, dim);
@@ -121,10 +131,11 @@ OP_INLINE void weigh(const float* p, int64_t p_step, Row&& row, Next&& next, int
     weigh_part<T, DOT, R, NARROW, FETCH>(p, p_step, row, next, count, dim, at, alpha, c, c_step);
 }
 
-// Turns a row of raw products into weights relative to the row's new maximum, and brings its state up to that.
-template <bool DOT>
+// Turns a row of raw products into weights relative to the row's new maximum, and brings its state up to that. CODES:
+// products are of codes, whose scales enter the scores, and the weights are for codes.
+template <bool DOT, bool CODES>
 static void soften(const Attention& p, const Row& row, int64_t i, int64_t h, int64_t at, int count, float* scores,
-                   float* top, float* total, float* alpha) {
+                   const float* key_scale, const float* value_scale, float* top, float* total, float* alpha) {
   const Span seen = span(p, row, i, at, count);
   const bool plain = is_plain(p), cut = seen.low > 0 || seen.high < KEYS;
   const F32 lanes = to_f32((I32)iota());
@@ -138,15 +149,20 @@ static void soften(const Attention& p, const Row& row, int64_t i, int64_t h, int
     float bias[KEYS];
     fill_bias(p, row, i, h, at, count, bias, 1);
     const F32 slope = splat(slope_of(p, row.b, h)), distance = splat(static_cast<float>(row.place(i) - at)) - lanes;
-    for (int n = 0; n < KEYS; n += W)
-      store(scores + n, score(p, load(scores + n), slope, distance - static_cast<float>(n), load(bias + n)));
+    for (int n = 0; n < KEYS; n += W) {
+      const F32 product = CODES ? load(scores + n) * load(key_scale + n) : load(scores + n);
+      store(scores + n, score(p, product, slope, distance - static_cast<float>(n), load(bias + n)));
+    }
   }
-  const F32 scale = splat(plain ? p.scale : 1.0f);
+  const auto scale = [&](int n) {
+    const F32 x = splat(plain ? p.scale : 1.0f);
+    return CODES && plain ? x * load(key_scale + n * W) : x;
+  };
   F32 x[KEYS / W], best = splat(EMPTY);
 #pragma GCC unroll 4
   for (int n = 0; n < KEYS / W; ++n) {
     x[n] = load(scores + n * W);
-    best = max(cut ? masked(x[n] * scale, n) : x[n] * scale, best);
+    best = max(cut ? masked(x[n] * scale(n), n) : x[n] * scale(n), best);
   }
   const float highest = max_lane(best), next = highest > *top ? highest : *top;
   const float shift = next == EMPTY ? 0.0f : next;
@@ -154,9 +170,10 @@ static void soften(const Attention& p, const Row& row, int64_t i, int64_t h, int
 #pragma GCC unroll 4
   for (int n = 0; n < KEYS / W; ++n) {
     // Scaled and shifted in one rounding, of the difference: that of the product would be an error of the exponent.
-    const F32 over = fma(x[n], scale, splat(-shift));
-    const F32 y = exp_negative(cut ? masked(over, n) : over);
+    const F32 over = fma(x[n], scale(n), splat(-shift));
+    F32 y = exp_negative(cut ? masked(over, n) : over);
     sums += y;
+    if constexpr (CODES) y = y * load(value_scale + n * W);
     if constexpr (DOT)
       store(reinterpret_cast<BF16*>(scores) + n * W, y);
     else
@@ -173,19 +190,20 @@ static void few_rows(const Unit& u, const Sizes& s, const Scratch& w, int64_t he
   const Attention& p = u.p;
   const int64_t group = p.heads / p.kv_heads, state = (head - u.head) * (u.to - u.from) + r;
   const int64_t key_bytes = p.k.head * head * sizeof(T), value_bytes = p.v.head * head * sizeof(T);
-  const auto key = [&](int j) { return reinterpret_cast<const T*>(w.key[j] + key_bytes); };
-  const auto value = [&](int j) { return reinterpret_cast<const T*>(w.value[j] + value_bytes); };
+  const auto key = [&](int j) { return reinterpret_cast<const T*>(w.now->key[j] + key_bytes); };
+  const auto value = [&](int j) { return reinterpret_cast<const T*>(w.now->value[j] + value_bytes); };
   // The next head of this tile, or the first of the next one: what comes next, and no more than the cache can hold.
   const bool turn = head + 1 == u.head_end && ahead;
-  const int64_t then = head + 1 < u.head_end ? head + 1 : u.head, from = turn ? KEYS : 0;
+  const Places* from = turn ? w.then : w.now;
+  const int64_t then = head + 1 < u.head_end ? head + 1 : u.head;
   const int64_t next_key = p.k.head * then * sizeof(T), next_value = p.v.head * then * sizeof(T);
-  const auto key_then = [&](int j) { return reinterpret_cast<const T*>(w.key[from + j] + next_key); };
-  const auto value_then = [&](int j) { return reinterpret_cast<const T*>(w.value[from + j] + next_value); };
+  const auto key_then = [&](int j) { return reinterpret_cast<const T*>(from->key[j] + next_key); };
+  const auto value_then = [&](int j) { return reinterpret_cast<const T*>(from->value[j] + next_value); };
   dots<T, DOT, R, FETCH>(w.q + state * s.q_step, s.q_step, key, key_then, count, p.head_dim, w.scores, KEYS);
   for (int64_t n = 0; n < R; ++n) {
     const int64_t line = u.from + r + n;
-    soften<DOT>(p, u.row, line / group, head * group + line % group, at, count, w.scores + n * KEYS, w.top + state + n,
-                w.total + (state + n) * W, w.alpha + n);
+    soften<DOT, IS_CODE<T>>(p, u.row, line / group, head * group + line % group, at, count, w.scores + n * KEYS,
+                            w.key_scale, w.value_scale, w.top + state + n, w.total + (state + n) * W, w.alpha + n);
   }
   weigh<T, DOT, R, FETCH>(w.scores, KEYS, value, value_then, count, p.value_dim, w.alpha, u.c + state * u.c_step,
                           u.c_step);
@@ -195,6 +213,7 @@ template <class T, bool DOT>
 static void few(const Unit& u, const Sizes& s, const Scratch& w, int64_t head, int64_t at, int count, int ahead) {
   int64_t r = 0;
   const int64_t rows = u.to - u.from;
+  if constexpr (IS_CODE<T>) read_scales(u.p, w, head);
   const auto take = [&](auto fetch) {
     if (r + 4 <= rows) {
       few_rows<T, DOT, 4, fetch>(u, s, w, head, at, count, ahead, r);

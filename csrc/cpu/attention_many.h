@@ -25,7 +25,15 @@ static void pack_keys(const float** key, int count, int64_t dim, int64_t step, f
 template <class T, bool DOT, class Row>
 static void pack_values(Row&& row, int count, int64_t dim, int64_t step, float* packed) {
 #if defined(__AVX512BF16__)
-  if constexpr (DOT) {
+  if constexpr (DOT && IS_CODE<T>) {
+    for (int j = 0; j < count; j += 2)
+      for (int64_t d = 0; d < dim; d += W) {
+        const F32 even = words<T, false>(row(j), d, dim);
+        const F32 odd = j + 1 < count ? words<T, false>(row(j + 1), d, dim) : F32{};
+        store(packed + j / 2 * step + d, pairs(even, odd));
+      }
+    return;
+  } else if constexpr (DOT) {
     const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
                                            37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
@@ -61,12 +69,15 @@ OP_INLINE void store_weights(float* to, F32 even, [[maybe_unused]] F32 odd) {
 }
 
 // Turns raw products [key][row] of W rows into weights [word][row], and brings the rows' states up to their new
-// maximum. Weights are there for every key of the tile, zero where a row sees none.
-template <bool DOT, bool CUT>
+// maximum. Weights are there for every key of the tile, zero where a row sees none. CODES: as in `soften`.
+template <bool DOT, bool CODES, bool CUT>
 static void soften_rows(const Attention& p, const Seen& seen, bool plain, int count, float* scores, int64_t step,
-                        float* top, float* row_total, float* alpha) {
+                        const float* key_scale, const float* value_scale, float* top, float* row_total, float* alpha) {
   constexpr int PAIR = DOT ? 2 : 1;
-  const F32 scale = splat(plain ? p.scale : 1.0f);
+  const auto scale = [&](int j) {
+    const float x = plain ? p.scale : 1.0f;
+    return splat(CODES && plain ? x * key_scale[j] : x);
+  };
   const auto masked = [&](F32 x, int j) {
     if constexpr (!CUT) return x;
     const F32 key = splat(static_cast<float>(j));
@@ -74,15 +85,15 @@ static void soften_rows(const Attention& p, const Seen& seen, bool plain, int co
     return key < seen.high ? x : splat(EMPTY);
   };
   F32 best = load(top);
-  for (int j = seen.from; j < seen.to; ++j) best = max(masked(load(scores + j * step) * scale, j), best);
+  for (int j = seen.from; j < seen.to; ++j) best = max(masked(load(scores + j * step) * scale(j), j), best);
   const F32 shift = best == EMPTY ? splat(0.0f) : best, keep = exp_negative(load(top) - shift);
   F32 sums[4] = {};  // short chains: see CHAIN
   const auto weight = [&](int j) {
     if (j < seen.from || j >= seen.to) return F32{};
     // Scaled and shifted in one rounding, of the difference: that of the product would be an error of the exponent.
-    const F32 y = exp_negative(masked(fma(load(scores + j * step), scale, -shift), j));
+    const F32 y = exp_negative(masked(fma(load(scores + j * step), scale(j), -shift), j));
     sums[j % 4] += y;
-    return y;
+    return CODES ? y * value_scale[j] : y;
   };
   for (int j = 0; j < count; j += PAIR) {
     const F32 even = weight(j), odd = PAIR == 2 && j + 1 < count ? weight(j + 1) : F32{};
@@ -101,18 +112,19 @@ static void many(const Unit& u, const Sizes& s, const Scratch& w, int64_t at, in
   constexpr int PAIR = DOT ? 2 : 1;
   const int64_t rows = u.to - u.from, groups = (rows + W - 1) / W, group = p.heads / p.kv_heads;
   const int64_t key_bytes = p.k.head * u.head * sizeof(T), value_bytes = p.v.head * u.head * sizeof(T);
-  const int64_t depth = (p.head_dim + PAIR - 1) / PAIR, vectors = (p.value_dim + W - 1) / W;
+  const int64_t depth = word_count<T, DOT>(p.head_dim), vectors = (p.value_dim + W - 1) / W;
   Seen seen[TALL / W];
   for (int64_t g = 0; g < groups; ++g) seen[g] = seen_by(u, u.from + g * W, at, count);
+  if constexpr (IS_CODE<T>) read_scales(p, w, u.head);
   const float* key[KEYS];
-  for (int j = 0; j < KEYS; ++j) key[j] = reinterpret_cast<const float*>(w.key[j] + key_bytes);
-  if (DOT ? p.head_dim % 2 != 0 : !std::is_same_v<T, float>) {
+  for (int j = 0; j < KEYS; ++j) key[j] = reinterpret_cast<const float*>(w.now->key[j] + key_bytes);
+  if (IS_CODE<T> || (DOT ? p.head_dim % 2 != 0 : !std::is_same_v<T, float>)) {
     pack_keys<T, DOT>(key, count, p.head_dim, s.q_step, w.keys);
     for (int j = count; j < KEYS; ++j) key[j] = key[count - 1];
   }
-  pack_values<T, DOT>([&](int j) { return reinterpret_cast<const T*>(w.value[j] + value_bytes); }, count, p.value_dim,
-                      s.c_step, w.values);
-  scores_product<DOT>(key, count, w.q, groups, depth, w.scores, ahead ? w.key + KEYS : nullptr, key_bytes,
+  pack_values<T, DOT>([&](int j) { return reinterpret_cast<const T*>(w.now->value[j] + value_bytes); }, count,
+                      p.value_dim, s.c_step, w.values);
+  scores_product<DOT>(key, count, w.q, groups, depth, w.scores, ahead ? w.then->key : nullptr, key_bytes,
                       sizeof(T) * PAIR,
                       [&](int64_t g, int j) { return seen[g].to <= j || seen[g].from >= j + KEY_ROWS; });
   const bool plain = is_plain(p);
@@ -122,18 +134,19 @@ static void many(const Unit& u, const Sizes& s, const Scratch& w, int64_t at, in
       const Terms terms(u, u.from + r, at, count);
       for (int j = seen[g].from; j < seen[g].to; ++j) {
         float* x = w.scores + j * TALL + r;
-        store(x, terms.score_of(p, load(x), j));
+        store(x, terms.score_of(p, IS_CODE<T> ? load(x) * w.key_scale[j] : load(x), j));
       }
     }
-    const auto soften = seen[g].cut ? soften_rows<DOT, true> : soften_rows<DOT, false>;
-    soften(p, seen[g], plain, count, w.scores + r, TALL, w.top + r, w.total + r, w.alpha + r);
+    const auto soften = seen[g].cut ? soften_rows<DOT, IS_CODE<T>, true> : soften_rows<DOT, IS_CODE<T>, false>;
+    soften(p, seen[g], plain, count, w.scores + r, TALL, w.key_scale, w.value_scale, w.top + r, w.total + r,
+           w.alpha + r);
   }
   const int64_t blocks = (rows + ROWS - 1) / ROWS;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t r = rows * block / blocks, n = rows * (block + 1) / blocks - r;
     const int64_t j = KEYS * block / blocks;
     if (ahead)
-      fetch(w.value + KEYS + j, KEYS * (block + 1) / blocks - j, value_bytes, value_bytes + p.value_dim * sizeof(T));
+      fetch(w.then->value + j, KEYS * (block + 1) / blocks - j, value_bytes, value_bytes + p.value_dim * sizeof(T));
     const int low = span(p, u.row, (u.from + r) / group, at, count).low;
     const int high = span(p, u.row, (u.from + r + n - 1) / group, at, count).high;
     if (low >= high) continue;  // no row of the block sees the tile: their sums stay

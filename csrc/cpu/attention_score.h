@@ -73,6 +73,13 @@ static void fill_bias(const Attention& p, const Row& row, int64_t i, int64_t h, 
   }
 }
 
+static inline void read_scales(const Attention& p, const Scratch& w, int64_t head) {
+  for (int j = 0; j < KEYS; ++j) {
+    w.key_scale[j] = w.now->key_scale[j][head * p.k_scale.head];
+    w.value_scale[j] = w.now->value_scale[j][head * p.v_scale.head];
+  }
+}
+
 // ---- lanes that are rows ----
 
 // What each of W rows may see of the tile, as [low, high) of lanes, and [from, to) the widest of them.

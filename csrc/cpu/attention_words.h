@@ -1,5 +1,6 @@
 // Words: the operands of attention's products, and the lanes they move through. Included by csrc/cpu/attention_*.h.
 #pragma once
+#include <type_traits>
 #include <utility>
 
 #include "vec.h"
@@ -82,15 +83,33 @@ OP_INLINE F32 sums(F32 (&x)[W]) {
 
 // ---- reading words of a row of `dim` elements ----
 
+template <class T>
+inline constexpr bool IS_CODE = std::is_same_v<T, I8> || std::is_same_v<T, E4M3>;
+
 template <class T, bool DOT>
 inline constexpr int PER_WORD = DOT ? 2 : 1;
 
+#if defined(__AVX512BF16__)
+// Pairs (low, high) of bfloat16 from floats that it holds exactly.
+OP_INLINE F32 pairs(F32 low, F32 high) { return (F32)((U32)low >> 16 | (U32)high); }
+#endif
+
+// Two bfloat16 of a word are neighbours in memory; two codes are W apart, which their queries are told by pair_up.
 template <class T, bool DOT>
 OP_INLINE F32 all_words(const T* at) {
 #if defined(__AVX512BF16__)
-  if constexpr (DOT) return (F32)_mm512_loadu_si512(at);
+  if constexpr (DOT && IS_CODE<T>)
+    return pairs(load(at), load(at + W));
+  else if constexpr (DOT)
+    return (F32)_mm512_loadu_si512(at);
 #endif
   return load(at);
+}
+
+template <class T, bool DOT>
+OP_INLINE int64_t word_count(int64_t dim) {
+  if constexpr (DOT && IS_CODE<T>) return dim / (2 * W) * W + (dim % (2 * W) < W ? dim % (2 * W) : W);
+  return (dim + PER_WORD<T, DOT> - 1) / PER_WORD<T, DOT>;
 }
 
 // W words from element `at`, zeros beyond `dim`.
@@ -99,12 +118,30 @@ OP_INLINE F32 words(const T* row, int64_t at, int64_t dim) {
   constexpr int N = W * PER_WORD<T, DOT>;
   const int left = static_cast<int>(dim - at);
 #if defined(__AVX512BF16__)
-  if constexpr (DOT) {
+  if constexpr (DOT && IS_CODE<T>) {
+    return pairs(load_n(row + at, left), left > W ? load_n(row + at + W, left - W) : F32{});
+  } else if constexpr (DOT) {
     if (left >= N) return (F32)_mm512_loadu_si512(row + at);
     return (F32)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << left) - 1), row + at);
   }
 #endif
   return left >= N ? load(row + at) : load_n(row + at, left);
+}
+
+// The words of a query from its channels: x [2 * W * n] floats, of which T's words hold the halves as all_words does.
+template <class T>
+OP_INLINE void pair_up(const float* x, int64_t channels, float* q) {
+  for (int64_t d = 0; d < channels; d += 2 * W) {
+    const F32 a = load(x + d), b = load(x + d + W);
+    BF16* to = reinterpret_cast<BF16*>(q + d / 2);
+    if constexpr (IS_CODE<T>) {
+      U32 low = __builtin_convertvector(narrow(a, BF16{}), U32), high = __builtin_convertvector(narrow(b, BF16{}), U32);
+      store(q + d / 2, (F32)(low | high << 16));
+    } else {
+      store(to, a);
+      store(to + W, b);
+    }
+  }
 }
 
 // Sums are short chains, or error grows with their length: CHAIN words are added in a row, and a lone column of

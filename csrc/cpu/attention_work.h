@@ -14,8 +14,8 @@ constexpr int64_t MAX_DIM = 256;
 constexpr float EMPTY = -__builtin_inff();
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // A row of the batch: its sizes, how its work is cut, and where its parts begin.
 struct Row {
@@ -68,10 +68,23 @@ struct Arena {
   }
 };
 
+// Where head 0 of a tile's keys is: each key and value, and with codes their scales.
+struct Places {
+  const char *key[KEYS], *value[KEYS];
+  const float *key_scale[KEYS], *value_scale[KEYS];
+};
+
 // What a thread works in: the state of the rows at hand, a tile of keys.
 struct Scratch {
   float *q, *c, *top, *total, *alpha, *scores, *keys, *values;
-  const char **key, **value;  // this tile's keys, then the next one's
+  float *key_scale, *value_scale;  // of the head at hand
+  Places *now, *then;              // this tile and the next one
+
+  void advance() {
+    Places* const next = then;
+    then = now;
+    now = next;
+  }
 
   Scratch(Arena& arena, const Sizes& s) {
     q = arena.take<float>(s.state_rows * s.q_step);  // few rows: [row][word]; many: [word][row]
@@ -82,8 +95,10 @@ struct Scratch {
     scores = arena.take<float>(TALL * KEYS);
     keys = arena.take<float>(s.q_step * KEYS);
     values = arena.take<float>(s.c_step * KEYS);
-    key = arena.take<const char*>(2 * KEYS);
-    value = arena.take<const char*>(2 * KEYS);
+    key_scale = arena.take<float>(KEYS);
+    value_scale = arena.take<float>(KEYS);
+    now = arena.take<Places>(1);
+    then = arena.take<Places>(1);
   }
 };
 

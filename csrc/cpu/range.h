@@ -35,4 +35,14 @@ static void with_dtype(DType dtype, F&& f) {
   }
 }
 
+// f(T{}) with T what a cache of codes holds, or Value where there are none.
+template <class Value, class F>
+static void with_codes(Codes codes, F&& f) {
+  switch (codes) {
+    case Codes::none: return f(Value{});
+    case Codes::i8: return f(I8{});
+    case Codes::e4m3: return f(E4M3{});
+  }
+}
+
 }  // namespace onepass::ONEPASS_ISA

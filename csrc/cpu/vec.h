@@ -26,6 +26,8 @@ typedef float F32 __attribute__((vector_size(W * 4)));
 typedef int32_t I32 __attribute__((vector_size(W * 4)));
 typedef uint32_t U32 __attribute__((vector_size(W * 4)));
 typedef uint16_t U16 __attribute__((vector_size(W * 2)));
+typedef int8_t S8 __attribute__((vector_size(W)));
+typedef uint8_t U8 __attribute__((vector_size(W)));
 
 #define OP_INLINE static inline __attribute__((always_inline))
 
@@ -180,6 +182,40 @@ OP_INLINE F32 load(const Half* p) {
   return widen(half, Half{});
 }
 
+// GCC takes vectors of bytes apart, so this is no __builtin_convertvector.
+OP_INLINE I32 to_i32(U8 x) {  // signed bytes
+#if defined(__AVX512F__)
+  return (I32)_mm512_cvtepi8_epi32((__m128i)x);
+#elif defined(__AVX2__)
+  return (I32)_mm256_cvtepi8_epi32(_mm_set1_epi64x((int64_t)x));
+#elif defined(__x86_64__)
+  return (I32)_mm_cvtepi8_epi32(_mm_set1_epi32((int32_t)x));
+#elif defined(__aarch64__)
+  return vmovl_s16(vget_low_s16(vmovl_s8((int8x8_t)vdup_n_u32((uint32_t)x))));
+#else
+  return __builtin_convertvector((S8)x, I32);
+#endif
+}
+
+// Codes widen to values of bfloat16: the low half of each lane is zero.
+OP_INLINE F32 widen(U8 code, I8) { return to_f32(to_i32(code)); }
+
+OP_INLINE F32 widen(U8 code, E4M3) {
+  const U32 bits = (U32)to_i32(code), size = bits & 0x7Fu;
+  const F32 normal = (F32)((size << 20) + (120u << 23)), denormal = to_f32((I32)size) * 0x1p-9f;
+  const U32 value = size < 8u ? (U32)denormal : size == 0x7Fu ? splat_u32(0x7FC00000u) : (U32)normal;
+  return (F32)(value | (bits & 0x80u) << 24);
+}
+
+template <class Code>
+OP_INLINE F32 load_codes(const Code* p) {
+  U8 code;
+  std::memcpy(&code, p, sizeof code);
+  return widen(code, Code{});
+}
+OP_INLINE F32 load(const I8* p) { return load_codes(p); }
+OP_INLINE F32 load(const E4M3* p) { return load_codes(p); }
+
 #if defined(__AVX512F__)
 OP_INLINE __mmask16 first(int n) { return static_cast<__mmask16>(n >= W ? 0xFFFF : n > 0 ? (1u << n) - 1 : 0); }
 OP_INLINE F32 load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
@@ -187,6 +223,8 @@ template <class Half>
 OP_INLINE F32 load_n(const Half* p, int n) {
   return widen((U16)_mm256_maskz_loadu_epi16(first(n), p), Half{});
 }
+OP_INLINE F32 load_n(const I8* p, int n) { return widen((U8)_mm_maskz_loadu_epi8(first(n), p), I8{}); }
+OP_INLINE F32 load_n(const E4M3* p, int n) { return widen((U8)_mm_maskz_loadu_epi8(first(n), p), E4M3{}); }
 #else
 template <class T>
 OP_INLINE F32 load_n(const T* p, int n) {

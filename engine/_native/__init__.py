@@ -20,6 +20,7 @@ else:
 emulated = False        # the block emulator stands in for a device: the CUDA kernels are its own and take host tensors
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CODES = {torch.int8: 1, torch.float8_e4m3fn: 2}         # of quantized caches
 
 
 def pointer(x: Tensor | None) -> int:
@@ -102,6 +103,7 @@ def empty_like(x: Tensor) -> Tensor:
 
 
 __all__ = [
+    "CODES",
     "DTYPES",
     "_C",
     "by_rows",

@@ -6,14 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C, kernels, on_device
+from . import _C, CODES, kernels, on_device
 
-_NO_CACHE = (None, 0, None, None, None, None)       # seqlens, appended, block_table, batch_idx, leftpad, cu_seqlens
+# seqlens, appended, block_table, batch_idx, leftpad, cu_seqlens
+_Cache = tuple[Tensor | None, int, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+_NO_CACHE: _Cache = (None, 0, None, None, None, None)
+_NO_CODES = (0, None, None)                         # kind, k_scale, v_scale
 _NO_ROTARY = (None, None, True, False)              # cos, sin, interleaved, whether query i turns by its own position
 
 
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _bytes(cache: Tensor) -> Tensor:
+    """DLPack has float8 in its newer versions alone."""
+    return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
 
 def _floats(x: Tensor | None) -> Tensor | None:
@@ -25,9 +33,10 @@ def _whole(x: Tensor | None) -> Tensor | None:
 
 
 def _describe(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, queries: int, cache: tuple[Any, ...],
-    rotary: tuple[Any, ...], causal: bool, window_left: int, window_right: int, softcap: float, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, queries: int, cache: _Cache,
+    rotary: tuple[Any, Any, Any, Any], causal: bool, window_left: int, window_right: int, softcap: float, scale: float,
     alibi_slopes: Tensor | None, sinks: Tensor | None, mask: Tensor | None, tree: Tensor | None,
+    codes: tuple[Any, Any, Any] = _NO_CODES,
 ) -> tuple[Any, tuple[Tensor | None, ...]]:
     """The kernel's description of a call, and the tensors that it points into beside the given ones."""
     if mask is not None and mask.dtype != torch.bool:
@@ -35,7 +44,7 @@ def _describe(
     held = (_floats(alibi_slopes), _floats(sinks), mask, _whole(tree))
     call = _C.Attention(
         q, k, v, out, lse, queries, *cache, *rotary, causal, window_left, window_right, softcap, scale, *held,
-        0 if on_device(q) else torch.get_num_threads(),
+        *codes, 0 if on_device(q) else torch.get_num_threads(),
     )
     return call, held
 
@@ -116,15 +125,18 @@ def backward(
 def kvcache_append(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_seqlens: Tensor, block_table: Tensor | None,
     cache_batch_idx: Tensor | None, cache_leftpad: Tensor | None, cu_seqlens: Tensor | None, max_seqlen_q: int,
-    rotary_cos: Tensor | None, rotary_sin: Tensor | None, rotary_interleaved: bool, out: None = None,
+    rotary_cos: Tensor | None, rotary_sin: Tensor | None, rotary_interleaved: bool, k_head_scale: Tensor | None = None,
+    v_head_scale: Tensor | None = None, k_token_scale: Tensor | None = None, v_token_scale: Tensor | None = None,
+    out: None = None,
 ) -> None:
     if not k.numel():
         return
     native, place = kernels(k)
     native.kvcache_append(
-        _unit_stride(k), _unit_stride(v), k_cache, v_cache, cache_seqlens.contiguous(), _whole(block_table),
-        _whole(cache_batch_idx), _whole(cu_seqlens), _floats(rotary_cos), _floats(rotary_sin), rotary_interleaved,
-        place,
+        _unit_stride(k), _unit_stride(v), _bytes(k_cache), _bytes(v_cache), cache_seqlens.contiguous(),
+        _whole(block_table), _whole(cache_batch_idx), _whole(cu_seqlens), _floats(rotary_cos), _floats(rotary_sin),
+        rotary_interleaved, CODES.get(k_cache.dtype, 0), k_head_scale if k_token_scale is None else k_token_scale,
+        v_head_scale if v_token_scale is None else v_token_scale, place,
     )
 
 
@@ -133,7 +145,7 @@ def kvcache_attention(
     cache_batch_idx: Tensor | None, cache_leftpad: Tensor | None, cu_seqlens_q: Tensor | None, max_seqlen_q: int,
     rotary_cos: Tensor | None, rotary_sin: Tensor | None, rotary_interleaved: bool, causal: bool, window_left: int,
     window_right: int, softcap: float, scale: float, alibi_slopes: Tensor | None, sinks: Tensor | None,
-    tree_mask: Tensor | None, out: Any = None,
+    tree_mask: Tensor | None, k_scale: Tensor | None = None, v_scale: Tensor | None = None, out: Any = None,
 ) -> tuple[Tensor, Tensor]:
     cache = (
         cache_seqlens.contiguous(), appended, _whole(block_table), _whole(cache_batch_idx), _whole(cache_leftpad),
@@ -142,6 +154,6 @@ def kvcache_attention(
     ordered = causal or window_left >= 0 or window_right >= 0 or tree_mask is not None
     rotary = (_floats(rotary_cos), _floats(rotary_sin), rotary_interleaved, ordered)
     return _run(
-        q, k_cache, v_cache, max_seqlen_q, cache, rotary, causal, window_left, window_right, softcap, scale,
-        alibi_slopes, sinks, None, tree_mask, out=out,
+        q, _bytes(k_cache), _bytes(v_cache), max_seqlen_q, cache, rotary, causal, window_left, window_right, softcap,
+        scale, alibi_slopes, sinks, None, tree_mask, (CODES.get(k_cache.dtype, 0), k_scale, v_scale), out=out,
     )

@@ -2,14 +2,15 @@
 
 The interface is that of github.com/Dao-AILab/flash-attention, hopper/flash_attn_interface.py. `deterministic`,
 `num_splits`, `pack_gqa`, `sm_margin` and `scheduler_metadata` steer a GPU's schedule and change no result: they are
-taken and have no effect. `qv`, the scales of quantized tensors, `attention_chunk`, `rotary_seqlens`, `seqused_q` and
-`seqused_k` are refused by name.
+taken and have no effect. Of quantized tensors the cache is taken, with `k_descale` and `v_descale`; other scales, `qv`,
+`attention_chunk`, `rotary_seqlens`, `seqused_q` and `seqused_k` are refused by name.
 """
 from __future__ import annotations
 
 from torch import Tensor
 
 from .. import merge_attention
+from .._attention_checks import CODES
 from .flash_attn.common import cached, dense, ragged, refuse, split_qkv
 
 
@@ -55,10 +56,13 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, qv=None, rotary
                             num_splits=0, pack_gqa=None, sm_margin=0, return_softmax_lse=False):
     """`onepass.attention_with_kvcache`: appends k and v in place at cache_seqlens, then attends.
 
-    Ragged calls append as many keys as a row has queries: cu_seqlens_k_new must be cu_seqlens_q itself.
+    Ragged calls append as many keys as a row has queries: cu_seqlens_k_new must be cu_seqlens_q itself. With a cache of
+    float8_e4m3fn (or int8) q, k and v are float32, bfloat16 or float16; k_descale and v_descale, [B, Hkv], are k_scale
+    and v_scale, and appended values are divided by them.
     """
-    refuse(qv=qv, rotary_seqlens=rotary_seqlens, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
-           attention_chunk=attention_chunk)
+    refuse(qv=qv, rotary_seqlens=rotary_seqlens, q_descale=q_descale, attention_chunk=attention_chunk)
+    if k_cache.dtype not in CODES:
+        refuse(k_descale=k_descale, v_descale=v_descale)
     if k is not None and cu_seqlens_k_new is not cu_seqlens_q:
         raise ValueError("cu_seqlens_k_new: expected the tensor given as cu_seqlens_q, each query bringing its key")
     out, lse = cached(
@@ -66,7 +70,7 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, qv=None, rotary
         softmax_scale=softmax_scale, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad,
         cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q if cu_seqlens_q is not None else None,
         rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved, causal=causal,
-        softcap=softcap,
+        softcap=softcap, k_scale=k_descale, v_scale=v_descale,
     )
     return (out, lse) if return_softmax_lse else out
 

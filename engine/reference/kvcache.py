@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .attention import attend, inside
 
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # of the codes of a quantized cache
+
 
 def kvcache_append(
     k_cache: Tensor,  # [Bc, capacity, Hkv, D], or [pages, page_size, Hkv, D] with block_table; written in place
@@ -27,15 +29,35 @@ def kvcache_append(
     rotary_cos: Tensor | None = None,  # [positions, rotary_dim / 2]
     rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = True,
+    k_head_scale: Tensor | None = None,  # [B, Hkv] float32, of a cache of codes
+    v_head_scale: Tensor | None = None,
+    k_token_scale: Tensor | None = None,  # as k_cache without its last dim, float32; written
+    v_token_scale: Tensor | None = None,
 ) -> None:
-    """Writes key t of row b to slot cache_seqlens[b] + t, rotated to that position. Tokens out of range are skipped."""
+    """Writes key t of row b to slot cache_seqlens[b] + t, rotated to that position. Tokens out of range are skipped.
+
+    Into a cache of codes they go unrounded: see `quantize`.
+    """
     rows, steps = rows_and_steps(k, cu_seqlens)
     position = cache_seqlens.long()[rows] + steps
+    quantized = k_cache.dtype in LARGEST
+    if quantized:
+        k = k.to(torch.promote_types(k.dtype, torch.float32))
     if rotary_cos is not None and rotary_sin is not None:
         k = rotate(k, position, rotary_cos, rotary_sin, rotary_interleaved)
     slots, valid = slots_of(position, rows, k_cache, block_table, cache_batch_idx)
-    _write(k_cache, k.flatten(0, -3), slots.flatten(), valid.flatten())
-    _write(v_cache, v.flatten(0, -3), slots.flatten(), valid.flatten())
+    for x, cache, per_head, per_token in (
+        (k, k_cache, k_head_scale, k_token_scale), (v, v_cache, v_head_scale, v_token_scale),
+    ):  # fmt: skip
+        if quantized:
+            if per_token is not None:
+                amax = x.to(torch.promote_types(x.dtype, torch.float32)).abs().amax(-1)
+                scale = (amax / torch.full_like(amax, LARGEST[cache.dtype])).float()
+                _write(per_token, scale.flatten(0, -2), slots.flatten(), valid.flatten())
+            else:
+                scale = torch.ones((), device=x.device) if per_head is None else per_head[rows]
+            x, cache = quantize(x, scale, cache.dtype).view(torch.uint8), cache.view(torch.uint8)
+        _write(cache, x.flatten(0, -3), slots.flatten(), valid.flatten())
 
 
 def kvcache_attention(
@@ -60,6 +82,8 @@ def kvcache_attention(
     alibi_slopes: Tensor | None = None,  # [H] or [B, H]
     sinks: Tensor | None = None,  # [H]
     tree_mask: Tensor | None = None,  # [B, max_seqlen_q, max_seqlen_q] bool, over the last keys
+    k_scale: Tensor | None = None,  # of a cache of codes: [B, Hkv] or as k_cache without its last dim
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # out as q with Dv, lse [B, H, Sq] or [H, total]
     """Attention of each row's queries, its last tokens, over its keys [leftpad, cache_seqlens + appended).
 
@@ -88,7 +112,10 @@ def kvcache_attention(
     keys = torch.arange(capacity, device=q.device).expand(batch, capacity)
     slots, valid = slots_of(keys, torch.arange(batch, device=q.device)[:, None], k_cache, block_table, cache_batch_idx)
     valid = valid & (keys >= first[:, None]) & (keys < total[:, None])
-    keys_read, values_read = (read(cache, slots, valid) for cache in (k_cache, v_cache))
+    keys_read, values_read = (
+        read(cache, slots, valid) if cache.dtype not in LARGEST else _read_codes(cache, scale, slots, valid, q.dtype)
+        for cache, scale in ((k_cache, k_scale), (v_cache, v_scale))
+    )
 
     row = torch.arange(max_seqlen_q, device=q.device)
     distance = (total - count)[:, None, None] + row[:, None] - keys[:, None, :]  # [B, Sq, capacity]
@@ -105,6 +132,26 @@ def kvcache_attention(
     if cu_seqlens_q is None:
         return out, lse
     return out[rows, steps], lse.transpose(1, 2)[rows, steps].t().contiguous()
+
+
+def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:  # [..., Hkv, D], [..., Hkv] or []
+    """Codes: x / scale rounded to the nearest, ties to even, saturating; an int8's NaN is 0.
+
+    Zeros have the code of zero whatever the scale, so the scale of a token of zeros may be 0.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    quotient = torch.where(x == 0, 0, x / scale.to(x.dtype)[..., None]).clamp(-LARGEST[dtype], LARGEST[dtype])
+    return (quotient.nan_to_num(0).round() if dtype == torch.int8 else quotient).to(dtype)
+
+
+def _read_codes(cache: Tensor, scale: Tensor | None, slots: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """`read` of a cache of codes, dequantized."""
+    values = read(cache.view(torch.uint8), slots, valid).view(cache.dtype)
+    values = values.to(torch.promote_types(dtype, torch.float32))
+    if scale is None:
+        return values
+    per_head = scale[:, None] if scale.dim() == 2 else read(scale[..., None], slots, valid)[..., 0]
+    return (values * per_head.to(values.dtype)[..., None]).masked_fill(~valid[..., None, None], 0)
 
 
 def rotate(

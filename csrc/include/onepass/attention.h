@@ -21,6 +21,14 @@ struct ScoreMask {
   int64_t batch, head, row, key;
 };
 
+// Of a cache of codes. The scale of head h: data + b * batch + h * head; per token: data + page * batch + slot * step +
+// h * head, with a cache row for the page where there are none. data null: 1.
+struct Scales {
+  float* data;
+  int64_t batch, step, head;
+  bool per_token;
+};
+
 // Turns pairs of the first 2 * half channels; cos and sin are float32 [positions, half], null: no rotation.
 struct Rotary {
   const float *cos, *sin;
@@ -57,6 +65,8 @@ struct Attention {
   ScoreMask mask;
   const uint8_t* tree;  // [B, queries, queries] over a row's last keys
   int num_threads;
+  Codes codes = Codes::none;  // of k and v
+  Scales k_scale = {}, v_scale = {};
 };
 
 // The gradient of a forward call whose out and lse are there. Contiguous keys: no pages, no batch_idx.
@@ -77,6 +87,8 @@ struct Append {
   Cache cache;
   Rotary rotary;
   int num_threads;
+  Codes codes = Codes::none;          // of the caches
+  Scales k_scale = {}, v_scale = {};  // per token: written
 };
 
 struct AttentionKernels {

@@ -17,6 +17,15 @@ struct F16 {
   uint16_t bits;
 };
 
+// Codes of a quantized cache: a value is code * scale.
+struct I8 {
+  int8_t bits;
+};
+struct E4M3 {
+  uint8_t bits;
+};
+
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+enum class Codes : int { none = 0, i8 = 1, e4m3 = 2 };  // none: values as they are
 
 }  // namespace onepass
