@@ -77,13 +77,15 @@ struct Kernels {
   BandwidthKernels bandwidth;
   CompositeKernels composite;
   LatentKernels latent;
+  GumbelKernels gumbel;
 };
 
 Kernels load(Isa isa) {
 #define ONEPASS_LOAD(name)                                                                            \
   if (isa == Isa::name)                                                                               \
     return {isa,           name::rng,     name::reparam,   name::attention, name::attention_backward, \
-            name::kvcache, name::denoise, name::bandwidth, name::composite, name::latent};
+            name::kvcache, name::denoise, name::bandwidth, name::composite, name::latent,             \
+            name::gumbel};
   ONEPASS_FOR_EACH_ISA(ONEPASS_LOAD)
 #undef ONEPASS_LOAD
   throw std::logic_error("no such instruction set");
@@ -136,6 +138,27 @@ void bind_latent(py::module_& m) {
     py::gil_scoped_release nogil;
     kernels.latent.backward(p, in, out);
   });
+}
+
+void bind_gumbel(py::module_& m) {
+  m.def("gumbel_softmax",
+        [](int64_t groups, int64_t n, int64_t keyed, int dtype, Pointer logits, Pointer grad, const KeysArgument& key,
+           float tau, bool hard, Pointer out, Pointer scratch, int num_threads) {
+          const GumbelSoftmax p{groups,
+                                n,
+                                keyed,
+                                static_cast<DType>(dtype),
+                                at<const void>(logits),
+                                at<const void>(grad),
+                                keys(key),
+                                tau,
+                                hard,
+                                at<void>(out),
+                                at<float>(scratch),
+                                num_threads};
+          py::gil_scoped_release nogil;
+          kernels.gumbel.softmax(p);
+        });
 }
 
 void bind_denoise(py::module_& m) {
@@ -272,6 +295,7 @@ PYBIND11_MODULE(_C, m) {
   bind_rng(m);
   bind_reparam(m);
   bind_latent(m);
+  bind_gumbel(m);
   bind_attention(m);
   bind_denoise(m);
   bind_bandwidth(m);

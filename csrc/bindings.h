@@ -11,6 +11,7 @@
 
 #include "onepass/attention.h"
 #include "onepass/denoise.h"
+#include "onepass/gumbel.h"
 #include "onepass/latent.h"
 #include "onepass/reparam.h"
 #include "onepass/rng.h"
@@ -277,6 +278,7 @@ inline void bind_calls(py::module_& m) {
   PyModule_AddObject(m.ptr(), "signature", PyCFunction_New(&signature_method, nullptr));
   m.attr("KL_TILE") = KL_TILE;
   m.attr("LATENT_TILE") = LATENT_TILE;
+  m.attr("GUMBEL_MARGIN") = GUMBEL_MARGIN;
   m.attr("DENOISE_COLUMNS") = static_cast<int>(COL_HISTORY);
   m.attr("MAX_HISTORY") = MAX_HISTORY;
   bind_attention_call(m);

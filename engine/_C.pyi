@@ -14,6 +14,7 @@ usable_isas: list[str]
 has_cuda: bool
 KL_TILE: int
 LATENT_TILE: int
+GUMBEL_MARGIN: int
 DENOISE_COLUMNS: int
 MAX_HISTORY: int
 
@@ -33,6 +34,11 @@ def reparam_backward(
     rows: int, length: int, dtype: int, mean: int, mean_step: int, logvar: int, logvar_step: int, noise: int,
     noise_step: int, keys: _Keys | None, keys_per_row: bool, num_threads: int, grad_z: int, grad_z_step: int,
     grad_kl: int, grad_mean: int, grad_logvar: int, grad_noise: int, /,
+) -> None: ...
+
+def gumbel_softmax(
+    groups: int, n: int, keyed: int, dtype: int, logits: int, grad: int, keys: _Keys, tau: float, hard: bool, out: int,
+    scratch: int, num_threads: int, /,
 ) -> None: ...
 
 _Segments = tuple[int, int, int]        # pointer, elements from a row and from a segment to the next

@@ -6,6 +6,7 @@ from . import plans, rng
 from .attention import attention, attention_with_kvcache, merge_attention
 from .attention_varlen import attention_varlen
 from .denoise import denoise_step
+from .gumbel import gumbel_softmax
 from .plans import DenoisePlan
 from .registry import FallbackWarning, use_backend
 from .reparam import reparameterize, reparameterize_kl, reparameterize_log_weights
@@ -26,6 +27,7 @@ __all__ = [
     "attention_with_kvcache",
     "composite",
     "denoise_step",
+    "gumbel_softmax",
     "merge_attention",
     "plans",
     "reparameterize",

@@ -139,6 +139,24 @@ _TABLE = [
         },
     ),
     Op(
+        "gumbel_softmax",
+        f"(Tensor logits, {_KEYS}, float tau, bool hard, *, str? backend=None) -> Tensor",
+        "gumbel_softmax",
+        {
+            "cpu": Impl("onepass._native.gumbel:forward", supports.floats_cpu, _ANY_STRIDES),
+            "reference": _reference("gumbel:gumbel_softmax"),
+        },
+    ),
+    Op(
+        "gumbel_softmax_backward",
+        f"(Tensor grad, Tensor logits, {_KEYS}, float tau, *, str? backend=None) -> Tensor",
+        "the gradient of gumbel_softmax",
+        {
+            "cpu": Impl("onepass._native.gumbel:backward", supports.floats_cpu, _ANY_STRIDES),
+            "reference": _reference("gumbel:gumbel_softmax_backward"),
+        },
+    ),
+    Op(
         "attention_forward",
         f"(Tensor q, Tensor k, Tensor v, {_SCORES}, Tensor? alibi_slopes, Tensor? sinks, Tensor? mask, "
         "*, str? backend=None) -> (Tensor out, Tensor lse)",

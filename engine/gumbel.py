@@ -1,0 +1,54 @@
+"""The Gumbel softmax: a differentiable draw of a category."""
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from . import _checks as check
+from ._ops import call
+from .rng import Source, keyed
+
+STREAM_TAG = 6      # bits 56 to 63 of the stream: the noise is rng.gumbel(..., stream=(STREAM_TAG << 56) + stream)
+
+
+def gumbel_softmax(
+    logits: Tensor,                         # [..., n, ...] float32, bfloat16, float16 (float64: reference)
+    tau: float = 1.0,                       # temperature, above 0
+    hard: bool = False,                     # one-hot, with the soft sample's gradient (straight through)
+    dim: int = -1,                          # of the categories
+    *,
+    seed: int | Tensor | None = None,       # int, or int64 tensor [] or [B]; None draws one from torch's generator
+    stream: int | Tensor = 0,               # int below 2^56, or int64 tensor [] or [B]
+    offset: int | Tensor = 0,               # blocks of four numbers to skip
+    generator: Source = None,               # instead of a seed: see rng.Generator
+    out: Tensor | None = None,              # as logits; not together with a gradient
+    backend: str | None = None,
+) -> Tensor:                                # as logits
+    """softmax((logits + g) / tau) of Gumbel noise g (Jang et al., 2017; Maddison et al., 2017), in one pass.
+
+    As torch.nn.functional.gumbel_softmax, but finite in half types (the sum is float32), exactly one-hot where hard, and
+    with a seed. The noise is `rng.gumbel` of logits with `dim` moved last; with keys [B] row b of its dim 0 has the bits
+    it has alone. Forward keeps nothing but logits and the key: backward draws the noise again.
+    Raises ValueError or TypeError that names the argument.
+    """
+    check.is_float_tensor("logits", logits)
+    if not logits.dim() or not -logits.dim() <= dim < logits.dim():
+        raise ValueError(f"dim={dim}: expected a dim of logits, which has {logits.dim()}")
+    if not (isinstance(tau, (int, float)) and tau > 0 and math.isfinite(tau)):
+        raise ValueError(f"tau={tau!r}: expected a finite number above 0")
+    check.is_out(out, logits.shape, logits.dtype, logits.device)
+    moved = logits.movedim(dim, -1)
+    rows = moved.shape[0] if moved.dim() > 1 else 1
+    seed, stream = keyed(generator, seed, stream, rows, logits.device)
+    parts = (("seed", seed), ("stream", check.tagged_stream(STREAM_TAG, stream)), ("offset", offset))
+    key = [part for name, value in parts for part in check.random_key(name, value, rows, logits.device)]
+    if moved.dim() == 1:                    # a row of its own, so that keys [1] are a row's
+        moved = moved[None]
+        result = call("gumbel_softmax", moved, *key, float(tau), hard, backend=backend)[0]
+    else:
+        result = call("gumbel_softmax", moved, *key, float(tau), hard, backend=backend).movedim(-1, dim)
+    return result if out is None else out.copy_(result)
+
+
+__all__ = ["gumbel_softmax"]
