@@ -7,6 +7,7 @@ from .attention import attention, attention_with_kvcache, merge_attention
 from .attention_varlen import attention_varlen
 from .denoise import denoise_step
 from .gumbel import gumbel_softmax
+from .interpolate import lerp, slerp
 from .plans import DenoisePlan
 from .registry import FallbackWarning, use_backend
 from .reparam import reparameterize, reparameterize_kl, reparameterize_log_weights
@@ -28,11 +29,13 @@ __all__ = [
     "composite",
     "denoise_step",
     "gumbel_softmax",
+    "lerp",
     "merge_attention",
     "plans",
     "reparameterize",
     "reparameterize_kl",
     "reparameterize_log_weights",
     "rng",
+    "slerp",
     "use_backend",
 ]

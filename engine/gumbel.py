@@ -25,11 +25,11 @@ def gumbel_softmax(
     out: Tensor | None = None,              # as logits; not together with a gradient
     backend: str | None = None,
 ) -> Tensor:                                # as logits
-    """softmax((logits + g) / tau) of Gumbel noise g (Jang et al., 2017; Maddison et al., 2017), in one pass.
+    """softmax((logits + g) / tau) with Gumbel noise g, in one pass (Jang et al.; Maddison et al., 2017).
 
-    As torch.nn.functional.gumbel_softmax, but finite in half types (the sum is float32), exactly one-hot where hard, and
-    with a seed. The noise is `rng.gumbel` of logits with `dim` moved last; with keys [B] row b of its dim 0 has the bits
-    it has alone. Forward keeps nothing but logits and the key: backward draws the noise again.
+    As torch.nn.functional.gumbel_softmax, but finite in half types (the sum is float32), exactly one-hot where hard,
+    and with a seed. The noise is `rng.gumbel` of logits with `dim` moved last; with keys [B] row b of its dim 0 has the
+    bits it has alone. Forward keeps nothing but logits and the key: backward draws the noise again.
     Raises ValueError or TypeError that names the argument.
     """
     check.is_float_tensor("logits", logits)

@@ -28,6 +28,7 @@ from torch import Tensor
 from . import _checks as check
 from ._generator import Generator
 from ._ops import call
+from ._torch_cuda import torch_cuda_normal, torch_cuda_offset_after, torch_cuda_uniform
 
 Source = Generator | torch.Generator | Sequence[Generator | torch.Generator] | None
 
@@ -152,3 +153,17 @@ def logistic(
 ) -> Tensor:
     """Standard logistic, ln u - ln(1 - u)."""
     return _fill("logistic", shape, seed, stream, offset, dtype, device, generator, out, backend)
+
+
+__all__ = [
+    "Generator",
+    "exponential",
+    "gumbel",
+    "laplace",
+    "logistic",
+    "normal",
+    "torch_cuda_normal",
+    "torch_cuda_offset_after",
+    "torch_cuda_uniform",
+    "uniform",
+]
