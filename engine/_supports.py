@@ -50,7 +50,7 @@ def rng_cpu(shape: Any, distribution: str, seed: int, seeds: Tensor | None, stre
             offset: int, offsets: Tensor | None, dtype: torch.dtype, device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"device is {device}, the kernel writes host memory"
-    return native_cpu(seeds, streams, offsets) or cpu_dtype(dtype)
+    return native_cpu(seeds, streams, offsets) or (None if distribution == "bits" else cpu_dtype(dtype))
 
 
 def reparam_backward_cpu(grad_z: Tensor | None, grad_kl: Tensor | None, mean: Tensor, *args: Any) -> str | None:
@@ -67,6 +67,8 @@ def rng_cuda(shape: Any, distribution: str, seed: int, seeds: Tensor | None, str
              offset: int, offsets: Tensor | None, dtype: torch.dtype, device: torch.device) -> str | None:
     if device.type != ("cpu" if _native.emulated else "cuda"):
         return f"device is {device}, the kernel writes device memory"
+    if distribution == "bits":
+        return "the kernel gives no bits yet"
     return native_cuda(seeds, streams, offsets) or cpu_dtype(dtype)
 
 

@@ -61,6 +61,8 @@ def rng(shape: Any, distribution: str, seed: int, seeds: Tensor | None, stream: 
         offset: int, offsets: Tensor | None, dtype: torch.dtype, device: torch.device) -> str | None:
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return missing() or f"device is {device}, the kernel runs on a GPU"
+    if distribution == "bits":
+        return "the kernel gives no bits yet"
     return on_gpu(seeds, streams, offsets) or cpu_dtype(dtype) or random(device)
 
 

@@ -82,7 +82,7 @@ _TABLE = [
     Op(
         "rng_fill",
         f"(SymInt[] shape, str distribution, {_KEYS}, ScalarType dtype, Device device, *, str? backend=None) -> Tensor",
-        "rng.uniform, rng.normal, rng.gumbel, rng.exponential, rng.laplace, rng.logistic",
+        "rng.bits, rng.uniform, rng.normal, rng.gumbel, rng.exponential, rng.laplace, rng.logistic",
         {
             "cuda": Impl("onepass._native.rng:fill", supports.rng_cuda, f"{_HALF_AND_SINGLE}; {_BUILT}"),
             "triton": Impl("onepass.kernels.rng:fill", triton.rng, _HALF_AND_SINGLE),

@@ -91,7 +91,7 @@ def _fill(
     else:
         place = torch.device(device)
     kind = dtype or (out.dtype if isinstance(out, Tensor) else torch.get_default_dtype())
-    if kind not in check.FLOATS:
+    if kind not in check.FLOATS and distribution != "bits":
         raise TypeError(f"dtype={kind}: expected float32, bfloat16, float16 or float64")
     check.is_out(out, sizes, kind, place)
     rows = sizes[0] if sizes else 1
@@ -99,6 +99,15 @@ def _fill(
     parts = (("seed", seed), ("stream", stream), ("offset", offset))
     key = [part for name, value in parts for part in check.random_key(name, value, rows, place)]
     return call("rng_fill", sizes, distribution, *key, kind, place, backend=backend, out=out)
+
+
+def bits(
+    shape: Sequence[int], *, seed: int | Tensor | None = None, stream: int | Tensor = 0, offset: int | Tensor = 0,
+    device: torch.device | str | None = None, generator: Source = None, out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The generator's 32-bit words as int32: what every other function makes its numbers of."""
+    return _fill("bits", shape, seed, stream, offset, torch.int32, device, generator, out, backend)
 
 
 def uniform(
@@ -157,6 +166,7 @@ def logistic(
 
 __all__ = [
     "Generator",
+    "bits",
     "exponential",
     "gumbel",
     "laplace",

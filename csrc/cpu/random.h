@@ -277,6 +277,8 @@ OP_INLINE void transform(const Words* words, float* out) {
     normal_pair(each<2 * N>([&](int i) { return words[i / 2].w[i % 2 * 2]; }),
                 each<2 * N>([&](int i) { return words[i / 2].w[i % 2 * 2 + 1]; }), even, odd);
     x = each<4 * N>([&](int i) { return i % 2 ? odd.v[i / 2] : even.v[i / 2]; });
+  } else if constexpr (D == Distribution::bits) {
+    x = each<4 * N>([&](int i) { return (F32)words[i / 4].w[i % 4]; });
   } else {
     const F32s<4 * N> u = unit(each<4 * N>([&](int i) { return words[i / 4].w[i % 4]; }));
     if constexpr (D == Distribution::uniform) x = u;

@@ -49,6 +49,8 @@ void fill(Distribution distribution, const Keys& keys, int64_t rows, int64_t len
       return fill_as<Distribution::exponential>(keys, rows, length, dtype, out, num_threads);
     case Distribution::laplace: return fill_as<Distribution::laplace>(keys, rows, length, dtype, out, num_threads);
     case Distribution::logistic: return fill_as<Distribution::logistic>(keys, rows, length, dtype, out, num_threads);
+    case Distribution::bits:
+      return fill_rows<Distribution::bits>(keys, rows, length, static_cast<float*>(out), num_threads);
   }
 }
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..reference.rng import DISTRIBUTIONS
 from . import DTYPES, kernels, random_keys, row_length
 
-_CODES = {name: code for code, name in enumerate(DISTRIBUTIONS)}
+_CODES = {name: code for code, name in enumerate((*DISTRIBUTIONS, "bits"))}
 
 
 def fill(
@@ -25,5 +25,5 @@ def fill(
         keys, per_row = random_keys(seed, seeds, stream, streams, offset, offsets)
         rows, length = row_length(result) if per_row else (1, result.numel())
         native, place = kernels(result)
-        native.rng_fill(_CODES[distribution], keys, rows, length, DTYPES[dtype], result.data_ptr(), place)
+        native.rng_fill(_CODES[distribution], keys, rows, length, DTYPES.get(dtype, 0), result.data_ptr(), place)
     return result if out is None or out is result else out.copy_(result)

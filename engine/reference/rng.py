@@ -153,5 +153,8 @@ def fill(
     keys = [as_key(*k, device) for k in ((seed, seeds), (stream, streams), (offset, offsets))]
     rows = shape[0] if any(k.dim() for k in keys) else 1
     length = math.prod(shape) // rows if rows else 0
-    drawn = draw(words(rows, length, *keys), distribution)
-    return drawn[:, :length].reshape(shape).to(dtype)
+    word = words(rows, length, *keys)
+    if distribution == "bits":                  # int32, the same bits
+        signed = torch.where(word >= 2**31, word - 2**32, word)
+        return signed[:, :length].reshape(shape).to(dtype)
+    return draw(word, distribution)[:, :length].reshape(shape).to(dtype)

@@ -8,7 +8,8 @@
 
 namespace onepass {
 
-enum class Distribution : int { uniform = 0, normal, gumbel, exponential, laplace, logistic };
+// bits: the words themselves, 32 bits an element.
+enum class Distribution : int { uniform = 0, normal, gumbel, exponential, laplace, logistic, bits };
 
 // A row's key. Element i of the row is word i % 4 of Philox block `offset + i / 4`.
 struct Key {
