@@ -175,31 +175,7 @@ void inside(const Cache& cache, int64_t batch, int64_t queries, int64_t tokens, 
     throw py::value_error(std::string(fault) + " points outside the cache");
 }
 
-// Whether nothing points outside the cache, where that is quickly told: of lengths in host memory, one after another;
-// that no two rows append to one is left to Python.
-bool cache_fits(const Array& cache, const Array& seqlens, int64_t appended, const Array& block_table,
-                const Array& batch_idx, const Array& leftpad, const Array& cu_seqlens, int64_t queries, int64_t tokens,
-                int64_t positions) {
-  for (const Array* x : {&seqlens, &block_table, &batch_idx, &leftpad, &cu_seqlens})
-    if (*x && !(x->on_host() && x->contiguous())) return false;
-  if (batch_idx && appended) return false;
-  const Cache described{seqlens.as<const int32_t>(),
-                        0,
-                        appended,
-                        cache.size(1),
-                        cache.size(0),
-                        block_table.as<const int32_t>(),
-                        block_table ? block_table.size(1) : 0,
-                        batch_idx.as<const int32_t>(),
-                        leftpad.as<const int32_t>(),
-                        cu_seqlens.as<const int32_t>()};
-  const float table = 0;
-  const Rotary rotary{positions < 0 ? nullptr : &table, nullptr, positions, 0, false};
-  return !cache_fault(described, seqlens.size(0), queries, tokens, rotary);
-}
-
 void bind_attention(py::module_& m) {
-  m.def("cache_fits", cache_fits);
   m.def("attention_workspace", [](const Attention& p) { return kernels.attention.workspace(p); });
   m.def("attention_forward", [](const Attention& p, const Array& q) {
     inside(p.cache, p.batch, p.queries, p.tokens, p.rotary);

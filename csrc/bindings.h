@@ -270,12 +270,36 @@ inline void bind_composite_call(py::module_& m) {
       }));
 }
 
+// Whether nothing points outside the cache, where that is quickly told: of lengths in host memory, one after another;
+// that no two rows append to one is left to Python.
+inline bool cache_fits(const Array& cache, const Array& seqlens, int64_t appended, const Array& block_table,
+                       const Array& batch_idx, const Array& leftpad, const Array& cu_seqlens, int64_t queries,
+                       int64_t tokens, int64_t positions) {
+  for (const Array* x : {&seqlens, &block_table, &batch_idx, &leftpad, &cu_seqlens})
+    if (*x && !(x->on_host() && x->contiguous())) return false;
+  if (batch_idx && appended) return false;
+  const Cache described{seqlens.as<const int32_t>(),
+                        0,
+                        appended,
+                        cache.size(1),
+                        cache.size(0),
+                        block_table.as<const int32_t>(),
+                        block_table ? block_table.size(1) : 0,
+                        batch_idx.as<const int32_t>(),
+                        leftpad.as<const int32_t>(),
+                        cu_seqlens.as<const int32_t>()};
+  const float table = 0;
+  const Rotary rotary{positions < 0 ? nullptr : &table, nullptr, positions, 0, false};
+  return !cache_fault(described, seqlens.size(0), queries, tokens, rotary);
+}
+
 inline void bind_calls(py::module_& m) {
   Torch::get().load(true);
   m.def("read_by_attributes", [](bool on) { Torch::get().load(!on); });
   static PyMethodDef signature_method = {
       "signature", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(signature)), METH_FASTCALL, nullptr};
   PyModule_AddObject(m.ptr(), "signature", PyCFunction_New(&signature_method, nullptr));
+  m.def("cache_fits", cache_fits);
   m.attr("KL_TILE") = KL_TILE;
   m.attr("LATENT_TILE") = LATENT_TILE;
   m.attr("GUMBEL_MARGIN") = GUMBEL_MARGIN;
