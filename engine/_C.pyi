@@ -83,6 +83,13 @@ def attention_backward(
     forward: Attention, grad_out: Tensor, grad_lse: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, top: Tensor,
     excess: Tensor, delta: Tensor, /,
 ) -> None: ...
+def merge_attention(
+    outs: Tensor, lses: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor, num_threads: int, /
+) -> None: ...
+def merge_attention_backward(
+    outs: Tensor, lses: Tensor, sinks: Tensor | None, grad_out: Tensor, grad_lse: Tensor | None,
+    douts: Tensor, dlses: Tensor, dsinks: Tensor | None, num_threads: int, /,
+) -> None: ...
 def kvcache_append(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, block_table: Tensor | None,
     batch_idx: Tensor | None, cu_seqlens: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool,

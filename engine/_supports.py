@@ -46,6 +46,16 @@ def floats_cuda(x: Tensor, *args: Any) -> str | None:
     return native_cuda(x, *args) or cpu_dtype(x.dtype)
 
 
+def merge_cpu(outs: Tensor, lses: Tensor, *args: Any) -> str | None:
+    return floats_cpu(outs, lses, *args) or cpu_dtype(lses.dtype)
+
+
+def merge_backward_cpu(
+    grad_out: Tensor, grad_lse: Tensor | None, outs: Tensor, lses: Tensor, *args: Any
+) -> str | None:
+    return native_cpu(grad_out, grad_lse) or merge_cpu(outs, lses, *args)
+
+
 def rng_cpu(shape: Any, distribution: str, seed: int, seeds: Tensor | None, stream: int, streams: Tensor | None,
             offset: int, offsets: Tensor | None, dtype: torch.dtype, device: torch.device) -> str | None:
     if device.type != "cpu":

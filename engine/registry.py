@@ -246,7 +246,7 @@ _TABLE = [
         {
             "cuda": Impl("onepass.reference.attention:merge_attention", supports.floats_cuda, _BUILT_CLOSED_FORM),
             "triton": Impl("onepass.reference.attention:merge_attention", triton.floats, _CLOSED_FORM),
-            "cpu": Impl("onepass.reference.attention:merge_attention", supports.floats_cpu, _CLOSED_FORM),
+            "cpu": Impl("onepass._native.attention_merge:merge_attention", supports.merge_cpu, _ANY_STRIDES),
             "reference": _reference("attention:merge_attention"),
         },
     ),
@@ -260,7 +260,9 @@ _TABLE = [
                 "onepass.reference.attention:merge_attention_backward", supports.floats_cuda, _BUILT_CLOSED_FORM
             ),
             "triton": Impl("onepass.reference.attention:merge_attention_backward", triton.floats, _CLOSED_FORM),
-            "cpu": Impl("onepass.reference.attention:merge_attention_backward", supports.floats_cpu, _CLOSED_FORM),
+            "cpu": Impl(
+                "onepass._native.attention_merge:merge_attention_backward", supports.merge_backward_cpu, _ANY_STRIDES
+            ),
             "reference": _reference("attention:merge_attention_backward"),
         },
     ),

@@ -27,3 +27,9 @@ RAGGED = (
     ((1, 300), (1, 3), (1, 70)), ((130, 130), (3, 0), (0, 5), (7, 40)), ((40, 9), (1, 1)), ((2, 2),), ((0, 0), (0, 3)),
     (),
 )
+# ---- merge_attention: (parts, ..., queries, heads, value_dim) ----
+# one part, many, no leading dims and two, odd dims, more channels than are summed at a time, zero sizes
+MERGES = (
+    (1, 2, 3, 4, 64), (33, 1, 4, 16, 128), (4, 5, 2, 7), (3, 2, 2, 9, 3, 40), (2, 3, 70, 2, 300), (2, 0, 3, 2, 8),
+    (2, 2, 0, 2, 8), (2, 2, 3, 2, 0),
+)
