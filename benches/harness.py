@@ -53,6 +53,7 @@ class Case:
     compiled: Run | None = None  # what torch.compile gets; by default the eager implementation
     yardstick: Run | None = None  # same-dtype PyTorch with the reference's numbers; by default the eager implementation
     uncompared: frozenset[str] = frozenset()  # draw other random numbers, so their values cannot be checked
+    goal: str = ""  # what the fused implementation is to reach, in words that its row's numbers answer
     quick: bool = True  # belongs to `--quick`
 
 
@@ -84,6 +85,7 @@ class Row:
     speedup: float | None = None  # over eager: below 1 is a loss
     lead: float | None = None  # over the best of the others
     cache_resident: bool = False
+    goal: str = ""
     command: str = ""
 
     @property
@@ -115,7 +117,7 @@ def measure(case: Case, rates: Rates, settings: Settings) -> list[Row]:
     runs, rows = dict(case.implementations), {}
     for name in [*runs, *([COMPILED] if settings.compile_seconds else [])]:
         rows[name] = Row(case.op, case.name, name, "", device.type, case.shape, name_of(case.dtype))
-        rows[name].command = settings.command
+        rows[name].command, rows[name].goal = settings.command, case.goal
 
     if COMPILED in rows:
         settings.on_step(f"{case.name}: torch.compile")

@@ -69,6 +69,9 @@ def print_header(console: Console, about: dict[str, Any], rates: dict[str, Any])
 def print_case(console: Console, key: Key, rows: list[Row]) -> None:
     op, case, shape, dtype = key
     console.print(Text.assemble("\n", (f"{op} ", "bold"), (case, "bold cyan"), f"  {shape}  {dtype}"))
+    if goal := rows[0].goal:
+        lead = next((row.lead for row in rows if row.lead is not None), None)
+        console.print(f"goal: {goal}" + ("" if lead is None else f"; ours is {ratio(lead)} as fast as the best other"))
     on_device = any(row.host is not None for row in rows)
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
     table.add_column("", min_width=15)
