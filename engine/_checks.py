@@ -3,13 +3,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 # With ONEPASS_CHECK=1 a call on a device waits for lengths, pages, offsets and steps and checks them as in host memory.
 ON_DEVICES = os.environ.get("ONEPASS_CHECK") == "1"
+T = TypeVar("T")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -72,9 +73,10 @@ def checkable(*tensors: Tensor | None) -> bool:
     return not (any(x is not None and x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing())
 
 
-def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: T, allowed: Sequence[T]) -> T:
     if value not in allowed:
-        raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(str, allowed))}")
+    return value
 
 
 def random_key(name: str, value: int | Tensor, rows: int, device: torch.device) -> tuple[int, Tensor | None]:

@@ -197,8 +197,8 @@ def test_ragged_rows_are_the_rows_alone(data):
     assert all(map(torch.equal, caches, alone))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_append_writes_these_slots_and_no_other(backend):
+def append_writes_its_slots_alone(backend):
+    """Shared with the tests of Triton's kernels."""
     rows = Rows(lengths=(2, 9))
     k_cache, v_cache, kwargs = rows.layout(page=4)
     k, v = randn(2, 3, 2, 32, seed=1), randn(2, 3, 2, 32, seed=2)
@@ -211,6 +211,31 @@ def test_append_writes_these_slots_and_no_other(backend):
             assert torch.equal(k_cache[at], k[b, t])
             before[at] = k_cache[at]
     assert torch.equal(before.nan_to_num(7), k_cache.nan_to_num(7))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_append_writes_these_slots_and_no_other(backend):
+    append_writes_its_slots_alone(backend)
+
+
+def test_a_long_call_takes_constant_memory():
+    """128k keys, 4 heads of 64, one query and two hundred: a thread's tiles and a few partial rows, not the scores."""
+    code = """
+import resource, torch, onepass
+torch.set_num_threads(2)
+k, v = torch.randn(2, 1, 131072, 1, 64)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run = lambda q, keys: onepass.attention_with_kvcache(q, k, v, cache_seqlens=keys, causal=True, backend="cpu")
+for queries in (1, 200):
+    q = torch.randn(1, queries, 4, 64)
+    run(q, 1024)
+    before = peak()
+    run(q, 131072)
+    print(peak() - before)
+"""
+    few, many = map(int, run_python(code).split())
+    assert few < 1024                           # its scores alone would be 2 MB
+    assert many < 4096                          # 400 MB
 
 
 @pytest.mark.parametrize("isa", ISAS)

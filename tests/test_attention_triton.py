@@ -12,7 +12,7 @@ import onepass
 from cases import ATTENTION, FLOATS
 from helpers import INTERPRETED, TRITON, assert_as_good_as_torch, on_its_device  # noqa: F401
 from test_attention import OPTIONS, in_float64, inputs, options
-from test_attention_kvcache import LAYOUTS, Rows, randn
+from test_attention_kvcache import LAYOUTS, Rows, append_writes_its_slots_alone
 from test_attention_kvcache import OPTIONS as CACHE_OPTIONS
 
 pytestmark = pytest.mark.parametrize("backend", [TRITON])
@@ -87,18 +87,7 @@ def test_layout_and_batch_do_not_change_a_bit(new, heads, kv_heads, dtype, backe
 
 
 def test_append_writes_these_slots_and_no_other(backend):
-    rows = Rows(lengths=(2, 9))
-    k_cache, v_cache, kwargs = rows.layout(page=4)
-    k, v = randn(2, 3, 2, 32, seed=1), randn(2, 3, 2, 32, seed=2)
-    before = k_cache.clone()
-    onepass.attention_with_kvcache(rows.q, k_cache, v_cache, k, v, backend=backend, **kwargs)
-    for b, n in enumerate(rows.lengths):
-        for t in range(3):
-            at = int(kwargs["block_table"][b, (n + t) // 4]), (n + t) % 4
-            assert torch.equal(v_cache[at], v[b, t])
-            assert torch.equal(k_cache[at], k[b, t])
-            before[at] = k_cache[at]
-    assert torch.equal(before.nan_to_num(7), k_cache.nan_to_num(7))
+    append_writes_its_slots_alone(backend)
 
 
 def test_nan_shows_where_it_is_and_nowhere_else(backend):

@@ -3,22 +3,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .._checks import one_of
+
 Array = npt.NDArray[np.floating[Any]]
-T = TypeVar("T")
 
 _PREDICTIONS = {"epsilon": "epsilon", "v": "v", "v_prediction": "v", "sample": "sample", "flow": "flow",
                 "flow_prediction": "flow"}
-
-
-def one_of(name: str, value: T, allowed: Sequence[T]) -> T:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}, expected one of {', '.join(map(repr, allowed))}")
-    return value
 
 
 def prediction(prediction_type: str, allowed: Sequence[str] = ("epsilon", "v", "sample")) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .._checks import one_of
 from .plan import DenoisePlan, Level, Row
 from .schedule import (
     Array,
@@ -14,7 +15,6 @@ from .schedule import (
     check_begin,
     check_steps,
     last_sigma,
-    one_of,
     prediction,
     sigma_to_timestep,
     spread,

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .._checks import one_of
 from .plan import DenoisePlan, Level, Row
-from .schedule import alphas_bar, check_begin, check_steps, one_of, prediction, timesteps
+from .schedule import alphas_bar, check_begin, check_steps, prediction, timesteps
 
 
 def ddim(
