@@ -144,7 +144,8 @@ def main() -> None:
     took = milliseconds(images, 40)
     peak = {side: peak_bytes(images, side) for side in SIDES}
     for side in SIDES:
-        print(f"{side:>8}: {took[side]:.2f} ms a training step; z, KL and their backward hold {peak[side] / 1e6:.2f} MB")
+        held = f"z, KL and their backward hold {peak[side] / 1e6:.2f} MB"
+        print(f"{side:>8}: {took[side]:.2f} ms a training step; {held}")
 
 
 if __name__ == "__main__":

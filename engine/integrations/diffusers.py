@@ -67,11 +67,11 @@ class DiagonalGaussianDistribution(_stock.DiagonalGaussianDistribution):
         if other is None and self._kl is not None and self._kl[0] == torch.is_grad_enabled():
             return self._kl[1].to(self.parameters.dtype)
         by_row = self.parameters.dim() == 4
-        prior = {} if other is None else {"prior_mean": other.mean, "prior_logvar": other.logvar}
+        prior_mean, prior_logvar = (None, None) if other is None else (other.mean, other.logvar)
         # Some noise has to be given, and the z that it makes is dropped: nothing is drawn.
         kl = reparameterize_kl(
             self.parameters, chunk_dim=1, clamp=_CLAMP, noise=self.mean.detach(),
-            reduction="row" if by_row else "none", **prior,
+            reduction="row" if by_row else "none", prior_mean=prior_mean, prior_logvar=prior_logvar,
         )[1]
         return (kl if by_row else kl.sum(_SUMMED)).to(self.parameters.dtype)
 
