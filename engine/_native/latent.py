@@ -140,8 +140,8 @@ def backward(
         call = _call(at, mean, logvar, noise, keys, prior_mean, prior_logvar, chunk_dim, clamp_low, clamp_high,
                      samples, antithetic, terms, beta, free_bits)
         first, second = (None if x is None else x.float().contiguous() for x in (grad_first, grad_second))
-        on_prior = [at(x if prior_grad else None) for x in grad_prior]
+        on_pm, on_plv = (at(x if prior_grad else None) for x in grad_prior)
         step = grad_z.stride(0) if grad_z is not None and samples else 0
-        _C.latent_backward(call, at(on_z), step, pointer(first), pointer(second), at(on_mean), at(on_logvar), *on_prior,
-                           pointer(grad_noise if noise_grad else None))
+        _C.latent_backward(call, at(on_z), step, pointer(first), pointer(second), at(on_mean), at(on_logvar), on_pm,
+                           on_plv, pointer(grad_noise if noise_grad else None))
     return grad_mean, grad_logvar, grad_noise, grad_prior[0], grad_prior[1]

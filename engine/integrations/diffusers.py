@@ -63,7 +63,7 @@ class DiagonalGaussianDistribution(_stock.DiagonalGaussianDistribution):
 
     def kl(self, other: _stock.DiagonalGaussianDistribution | None = None) -> Tensor:
         if self.deterministic or (other is not None and other.deterministic):
-            return super().kl(other)
+            return super().kl(other)        # type: ignore[arg-type]
         if other is None and self._kl is not None and self._kl[0] == torch.is_grad_enabled():
             return self._kl[1].to(self.parameters.dtype)
         by_row = self.parameters.dim() == 4
