@@ -7,12 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from . import _checks as check
-from ._ops import call
+from ._ops import call, keep, recall, route, signature
 from .rng import Source, keyed
 
 STREAM_TAG = 1      # bits 56 to 63 of the stream: the noise is rng.normal(..., stream=(STREAM_TAG << 56) + stream)
 
 _NO_OPTIONS = (0, -math.inf, math.inf, 0, False)
+_NO_KEY = (0, None, 0, None, 0, None)
 
 
 def _halves(mean: Tensor, logvar: Tensor | None, chunk_dim: int | None) -> tuple[list[Any], int]:
@@ -88,11 +89,19 @@ def _noise_and_key(
         for name, other in (("seed", seed), ("generator", generator)):
             if other is not None:
                 raise ValueError(f"noise and {name} are both given: expected at most one of them")
-        return noise, 0, None, 0, None, 0, None
-    rows = shape[0] if shape else 1
+        return noise, *_NO_KEY
+    return None, *_key(mean, shape[0] if shape else 1, seed, stream, offset, generator)
+
+
+def _key(
+    mean: Tensor, rows: int, seed: int | Tensor | None, stream: int | Tensor, offset: int | Tensor, generator: Source
+) -> tuple[Any, ...]:
     seed, stream = keyed(generator, seed, stream, rows, mean.device)
-    parts = (("seed", seed), ("stream", check.tagged_stream(STREAM_TAG, stream)), ("offset", offset))
-    return None, *(part for name, value in parts for part in check.random_key(name, value, rows, mean.device))
+    return (
+        *check.random_key("seed", seed, rows, mean.device),
+        *check.random_key("stream", check.tagged_stream(STREAM_TAG, stream), rows, mean.device),
+        *check.random_key("offset", offset, rows, mean.device),
+    )
 
 
 def _sample(
@@ -102,6 +111,17 @@ def _sample(
     out: Tensor | None, backend: str | None,
 ) -> tuple[Tensor, ...]:
     """The core op that takes these options: the plain one has kernels everywhere."""
+    given = signature(
+        "sample", mean, logvar, chunk_dim, clamp, samples, antithetic, prior_mean, prior_logvar, terms, beta, free_bits,
+        noise, out, backend, noise is None or (seed is None and generator is None),
+        *(x if isinstance(x, Tensor) else None for x in (seed, stream, offset)),
+    )
+    if (run := recall(given)) is not None:
+        numbers = _NO_KEY
+        if noise is None:
+            numbers = _key(mean, mean.shape[0] if mean.dim() else 1, seed, stream, offset, generator)
+        args = (mean, logvar, noise, *numbers, terms == "row")
+        return run(*args) if out is None else run(*args, out=(out, None))
     shape, dim = _halves(mean, logvar, chunk_dim)
     low, high = _bounds(clamp)
     count = _count(samples, antithetic)
@@ -113,10 +133,10 @@ def _sample(
     options = dim, low, high, count, antithetic
     plain = logvar is not None and prior_mean is None and options == _NO_OPTIONS
     if plain and terms in ("none", "row") and beta == 1.0 and free_bits == -math.inf:
-        return call(
-            "reparameterize", mean, logvar, noise, *key, terms == "row", backend=backend,
-            out=None if out is None else (out, None),
-        )
+        args = (mean, logvar, noise, *key, terms == "row")
+        run = route("reparameterize", args, backend)
+        keep(given, run)
+        return run(*args) if out is None else run(*args, out=(out, None))
     return call(
         "latent_sample", mean, logvar, noise, *key, *prior, *options, terms, beta, free_bits, backend=backend,
         out=None if out is None else (out, None, None),

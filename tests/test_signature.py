@@ -121,6 +121,26 @@ def test_other_values_are_looked_at_each_time():
         onepass.attention_with_kvcache(q[:, 0], k, v, cu_seqlens_q=ints(0, 1, 3), **ragged)
 
 
+def test_keys_and_noise_are_looked_at_each_time():
+    mean, logvar, noise = torch.randn(3, 4, 5)
+    seeds = torch.arange(4)
+    run = lambda **options: onepass.reparameterize(mean, logvar, **options)
+    expected = [run(seed=s, backend="reference") for s in (1, 2)], run(seed=seeds, stream=3, backend="reference")
+    for _ in range(2):
+        torch.testing.assert_close([run(seed=s) for s in (1, 2)], expected[0])
+        torch.testing.assert_close(run(seed=seeds, stream=3), expected[1])
+        assert len({run().sum().item() for _ in range(8)}) == 8
+        torch.testing.assert_close(run(noise=noise), mean + (0.5 * logvar).exp() * noise)
+    assert len(_ops._kept) <= 8                 # no number is part of a signature
+    for options in (
+        {"seed": 1.0}, {"seed": True}, {"seed": seeds.int()}, {"seed": seeds[:3]}, {"seed": 1, "stream": 2**56},
+        {"seed": 1, "stream": 0.5}, {"seed": 1, "offset": "a"}, {"noise": noise, "seed": 1}, {"noise": noise[:3]},
+        {"noise": noise, "generator": torch.Generator()},
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            run(**options)
+
+
 def test_a_gradient_is_still_given_and_a_backend_still_obeyed():
     q, k, v = qkv()
     plain = onepass.attention(q, k, v)
