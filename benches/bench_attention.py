@@ -8,6 +8,7 @@ cases `..._heads_first` are the same numbers as [B, H, S, D] in memory, which ON
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ import onepass
 from .harness import Case
 from .onnx_attention import group_query_attention
 from .peers import sdpa_backends
+from .timing import Run
 
 KEYS, HEADS, KV_HEADS, DIM = 4096, 32, 8, 128
 PAGE = 16
@@ -41,7 +43,7 @@ def cases(device: torch.device) -> Iterator[Case]:
         yield _case(f"decode_q{queries}", device, torch.bfloat16, queries=queries, goal=ROOFLINE, quick=queries == 8)
     yield _case("decode_q8", device, torch.float32, queries=8, goal=ROOFLINE)
     for dtype in (torch.float32, torch.bfloat16):
-        prefill = {"heads": 8, "kv_heads": 8, "goal": OF_MM[dtype]}
+        prefill: dict[str, Any] = {"heads": 8, "kv_heads": 8, "goal": OF_MM[dtype]}
         yield _case("prefill", device, dtype, queries=1024, keys=1024, dim=64, quick=dtype is torch.bfloat16, **prefill)
         yield _case("prefill_hd128", device, dtype, queries=1024, keys=1024, **prefill)
         yield _case("prefill_4k", device, dtype, queries=4096, keys=4096, **prefill)
@@ -131,7 +133,7 @@ def _case(
 
         return gathered if page else attend
 
-    runs = {"onepass": ours, "eager": whole(_textbook), "SDPA": whole(_sdpa_gqa)}
+    runs: dict[str, Run] = {"onepass": ours, "eager": whole(_textbook), "SDPA": whole(_sdpa_gqa)}
     if heads != kv_heads:
         runs |= {"SDPA, repeated heads": whole(_sdpa_repeated), "SDPA, folded heads": whole(_sdpa_folded)}
     if heads_first:
@@ -176,7 +178,7 @@ def _call(device: torch.device) -> Case:
             "eager": lambda q, k, v, lengths: _textbook(q, k, v, None),
             "SDPA": lambda q, k, v, lengths: _sdpa(q, k, v, None),
         },
-        reference=lambda *arguments: ours(*arguments, backend="reference"),
+        reference=functools.partial(ours, backend="reference"),
         reads=33 * 4 * 64 * 4,
         writes=4 * 64 * 4,
         formula="the time is the call's own: host microseconds; SDPA's with the transposes that its layout asks for",

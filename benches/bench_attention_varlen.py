@@ -5,6 +5,7 @@ SDPA has no such call on a CPU: it takes the rows one by one, or padded to the l
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,7 +60,7 @@ def _case(kind: str, rows: tuple[tuple[int, int], ...], dtype: torch.dtype) -> C
     ) -> Any:
         return onepass.attention_varlen(q, k, v, cu_q, cu_k, max(queries), max(keys), causal=True, backend=backend)
 
-    def split(q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    def split(q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         return zip(q.split(queries), k.split(keys), v.split(keys), strict=True)
 
     def textbook(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, seen: Tensor) -> Tensor:
@@ -69,14 +70,14 @@ def _case(kind: str, rows: tuple[tuple[int, int], ...], dtype: torch.dtype) -> C
     def by_row(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, seen: Tensor) -> Tensor:
         outs = []
         for row, (n, m) in zip(split(q, k, v), rows, strict=True):
-            heads = [x.transpose(0, 1)[None] for x in row]
+            a, b, c = (x.transpose(0, 1)[None] for x in row)
             options: dict[str, Any] = {"is_causal": True} if n == m else {"attn_mask": _seen(n, m, q.device)}
-            outs.append(F.scaled_dot_product_attention(*heads, enable_gqa=True, **options)[0].transpose(0, 1))
+            outs.append(F.scaled_dot_product_attention(a, b, c, enable_gqa=True, **options)[0].transpose(0, 1))
         return torch.cat(outs)
 
     def padded(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, seen: Tensor) -> Tensor:
-        whole = [pad_sequence(list(x), batch_first=True).transpose(1, 2) for x in zip(*split(q, k, v), strict=True)]
-        out = F.scaled_dot_product_attention(*whole, attn_mask=seen, enable_gqa=True).transpose(1, 2)
+        a, b, c = (pad_sequence(list(x), batch_first=True).transpose(1, 2) for x in zip(*split(q, k, v), strict=True))
+        out = F.scaled_dot_product_attention(a, b, c, attn_mask=seen, enable_gqa=True).transpose(1, 2)
         return torch.cat([out[b, :n] for b, n in enumerate(queries)])
 
     size = dtype.itemsize
@@ -88,7 +89,7 @@ def _case(kind: str, rows: tuple[tuple[int, int], ...], dtype: torch.dtype) -> C
         dtype=dtype,
         make=make,
         implementations={"onepass": ours, "eager": textbook, "SDPA by row": by_row, "SDPA, padded": padded},
-        reference=lambda *arguments: ours(*arguments, backend="reference"),
+        reference=functools.partial(ours, backend="reference"),
         reads=(sum(queries) * HEADS + 2 * sum(keys) * KV_HEADS) * DIM * size,
         writes=sum(queries) * HEADS * DIM * size,
         flops=4 * HEADS * DIM * pairs,
