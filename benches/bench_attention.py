@@ -1,5 +1,5 @@
-"""Attention: decoding over 4096 keys (plain and paged, one row and eight), some queries at once, causal prefill, the
-cost of a call, the join of parts.
+"""Attention: decoding over 4096 keys (plain, paged, int8, one row and eight), some queries at once, causal prefill,
+the cost of a call, the join of parts.
 
 Everybody gets keys and values as a cache holds them, [B, S, H, D] with 8 heads for 32 of the queries. SDPA is shown in
 each way there is to tell it so: enable_gqa, heads repeated in the call, the queries of a group as rows of one head. The
@@ -39,6 +39,7 @@ def cases(device: torch.device) -> Iterator[Case]:
         yield _case("decode", device, dtype, goal=BANDWIDTH, quick=half)
         yield _case("decode_b8", device, dtype, batch=8, goal=BANDWIDTH)
         yield _case("paged", device, dtype, page=PAGE, goal=">= 90% of the contiguous case's speed", quick=half)
+    yield _int8_case()
     for queries in (2, 4, 8, 16):
         yield _case(f"decode_q{queries}", device, torch.bfloat16, queries=queries, goal=ROOFLINE, quick=queries == 8)
     yield _case("decode_q8", device, torch.float32, queries=8, goal=ROOFLINE)
@@ -210,4 +211,41 @@ def _merge(dtype: torch.dtype, parts: int = 8, batch: int = 32) -> Case:
         reads=parts * rows * (DIM * dtype.itemsize + 4),
         writes=rows * (DIM * dtype.itemsize + 4),
         formula="the parts and their LSE read once, the result written",
+    )
+
+
+def _int8_case() -> Case:
+    """Decoding as decode_bf16 from an int8 cache with a scale a token and head; the others dequantize it first."""
+
+    def make(device: torch.device) -> tuple:
+        q = torch.randn(1, 1, HEADS, DIM, device=device).bfloat16()
+        k, v = (torch.randint(-127, 128, (1, KEYS, KV_HEADS, DIM), dtype=torch.int8, device=device) for _ in "kv")
+        return q, k, v, *(torch.rand(1, KEYS, KV_HEADS, device=device) / 64 for _ in "kv")
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor, backend: str | None = None) -> Any:
+        return onepass.attention_with_kvcache(
+            q, k, v, cache_seqlens=KEYS, k_scale=k_scale.float(), v_scale=v_scale.float(), backend=backend
+        )
+
+    def dequantized(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor, v_scale: Tensor) -> Tensor:
+            return attend(q, *((x * scale[..., None]).to(q.dtype) for x, scale in ((k, k_scale), (v, v_scale))), None)
+
+        return run
+
+    return Case(
+        op="kvcache_attention",
+        name="decode_int8",
+        shape=f"B1 Q1 K{KEYS} H{HEADS}/{KV_HEADS} D{DIM} int8",
+        dtype=torch.bfloat16,
+        make=make,
+        implementations={
+            "onepass": ours, "eager": dequantized(_textbook), "SDPA, folded heads": dequantized(_sdpa_folded),
+        },
+        reference=lambda *args: ours(*args, backend="reference"),
+        reads=2 * HEADS * DIM + 2 * KEYS * KV_HEADS * (DIM + 4),
+        writes=2 * HEADS * DIM,
+        flops=4 * HEADS * DIM * KEYS,
+        formula="q, codes and float32 scales read once, the result written; 4 D operations a query head and key",
+        goal=">= 1.4x the tokens of decode_bf16",
     )

@@ -37,17 +37,18 @@ void begin_rows(const Unit& u, const Sizes& s, const Scratch& w) {
     const int64_t at = u.from + r % rows, i = at / group, h = (u.head + r / rows) * group + at % group;
     const Q* x = query<Q>(p, u.row, i, h);
     float* q = lines + (is_few ? r : r % W) * s.q_step;
-    if (!p.rotary.cos && !(DOT && IS_CODE<T>)) {
+    if (!p.rotary.cos) {
       for (int64_t k = 0; k < s.q_step; k += W)
         store(q + k, k * PER < p.head_dim ? words<Q, DOT>(x, k * PER, p.head_dim) : F32{});
     } else {
-      const int64_t position = p.rotary.cos ? p.cache.seqlens[u.row.b] + (p.rotary_ordered ? i : 0) : 0;
-      rotate(p.rotary, position, x, buffer, p.head_dim);
+      rotate(p.rotary, p.cache.seqlens[u.row.b] + (p.rotary_ordered ? i : 0), x, buffer, p.head_dim);
       for (int64_t d = p.head_dim; d < s.q_step; ++d) buffer[d] = 0;
-      if constexpr (DOT)
-        pair_up<T>(buffer, s.q_step, q);
-      else
-        std::memcpy(q, buffer, s.q_step * sizeof(float));
+      for (int64_t d = 0; d < s.q_step; d += W) {
+        if constexpr (DOT)
+          store(reinterpret_cast<BF16*>(q) + d, load(buffer + d));
+        else
+          store(q + d, load(buffer + d));
+      }
     }
     if (!is_few && (r % W == W - 1 || r == rows - 1))
       turn(lines, s.q_step, r % W + 1, DOT ? s.q_step / 2 : s.q_step, w.q + r / W * W, TALL);

@@ -7,13 +7,17 @@
 namespace onepass::ONEPASS_ISA {
 namespace {
 
+// The cache that a prefetch fills, as __builtin_prefetch counts: a head's codes fit into the first beside all else.
+template <class T>
+inline constexpr int NEAR = IS_CODE<T> ? 3 : 2;
+
 // scores[r][j] of R rows of q against `count` keys, W of them (row, key) pairs at a time. Pointers are there for whole
-// groups of keys; with FETCH each word read asks for the same word of the key that comes in its place next.
+// vectors of keys; with FETCH each line read asks for the same line of the key that comes in its place next.
 template <class T, bool DOT, int R, bool FETCH, class Row, class Next>
 OP_INLINE void dots(const float* q, int64_t q_step, Row&& row, Next&& next, int count, int64_t dim, float* scores,
                     int64_t scores_step) {
   constexpr int KEYS = W / R, N = W * PER_WORD<T, DOT>, LINE = most(N, 64 / sizeof(T));
-  for (int j = 0; j < count; j += KEYS) {
+  const auto some = [&](int j) {
     const T *key[KEYS], *soon[KEYS];
 #pragma GCC unroll 16
     for (int i = 0; i < KEYS; ++i) {
@@ -28,7 +32,7 @@ OP_INLINE void dots(const float* q, int64_t q_step, Row&& row, Next&& next, int 
 #pragma GCC unroll 16
       for (int i = 0; i < KEYS; ++i) {
         const F32 y = read(key[i], d);
-        if (FETCH && fetch) __builtin_prefetch(soon[i] + d, 0, 2);
+        if (FETCH && fetch) __builtin_prefetch(soon[i] + d, 0, NEAR<T>);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) acc[r * KEYS + i] = multiply_add<DOT>(x[r], y, acc[r * KEYS + i]);
       }
@@ -39,18 +43,26 @@ OP_INLINE void dots(const float* q, int64_t q_step, Row&& row, Next&& next, int 
       for (int n = 0; n < LINE; n += N)
         add(d + n, n == 0, [](const T* x, int64_t d) { return all_words<T, DOT>(x + d); });
     for (; d < dim; d += N) add(d, true, [&](const T* x, int64_t d) { return words<T, DOT>(x, d, dim); });
-    float lanes[W];
-    store(lanes, sums(acc));
-    for (int r = 0; r < R; ++r) std::memcpy(scores + r * scores_step + j, lanes + r * KEYS, KEYS * sizeof(float));
+    return sums(acc);
+  };
+  for (int j = 0; j < count; j += W) {
+    F32 block[R];
+#pragma GCC unroll 1
+    for (int g = 0; g < R; ++g) block[g] = j + g * KEYS < count ? some(j + g * KEYS) : F32{};
+    turn_blocks(block);
+    for (int r = 0; r < R; ++r) store(scores + r * scores_step + j, block[r]);
   }
 }
 
 // R rows of c [dim] = alpha c + p v over `count` keys; p holds floats, or with DOT pairs of bfloat16.
-template <class T, bool DOT, int R, int N, bool FETCH, class Row, class Next>
+template <class T, bool DOT, int R, int N, bool WHOLE, bool FETCH, class Row, class Next>
 OP_INLINE void weigh_part(const float* p, int64_t p_step, Row&& row, Next&& next, int count, int64_t dim, int64_t at,
                           const float* alpha, float* c, int64_t c_step) {
   constexpr int PARTS = WAYS<DOT, N>, STEP = CHAIN<DOT> * PER_WORD<T, DOT> * PARTS;
-  constexpr int LINE = most(DOT && !IS_CODE<T> ? 2 : 1, 64 / (W * sizeof(T)));  // vectors of 64 bytes
+  constexpr int LINE = most(1, 64 / (W * sizeof(T)));  // vectors of 64 bytes
+  const auto read = [&](const T* value, int n, auto dot) {
+    return WHOLE ? all_words<T, dot>(value + at + n * W) : words<T, dot>(value, at + n * W, dim);
+  };
   for (int j = 0; j < count;) {
     const bool first = j == 0;
     const int end = count - j < STEP ? count : j + STEP;
@@ -62,24 +74,23 @@ OP_INLINE void weigh_part(const float* p, int64_t p_step, Row&& row, Next&& next
       const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
       for (; j < end; j += 2) {
         const T *even = row(j), *odd = row(j + 1 < count ? j + 1 : j);
-        const bool lone = j + 1 >= count;
+        const bool lone = !IS_CODE<T> && j + 1 >= count;  // Inf times weight 0; codes have none
         if (FETCH)
 #pragma GCC unroll 4
           for (int n = 0; n < N; n += LINE) {
-            __builtin_prefetch(next(j) + at + n * W, 0, 2);
-            __builtin_prefetch(next(j + 1) + at + n * W, 0, 2);
+            __builtin_prefetch(next(j) + at + n * W, 0, NEAR<T>);
+            __builtin_prefetch(next(j + 1) + at + n * W, 0, NEAR<T>);
           }
         F32 pair[N];
-        if constexpr (IS_CODE<T>) {
 #pragma GCC unroll 4
-          for (int n = 0; n < N; ++n)
-            pair[n] =
-                pairs(words<T, false>(even, at + n * W, dim), lone ? F32{} : words<T, false>(odd, at + n * W, dim));
-        }
-#pragma GCC unroll 4
-        for (int n = 0; n < N && !IS_CODE<T>; n += 2) {
-          const __m512i a = (__m512i)words<T, true>(even, at + n * W, dim);
-          const __m512i b = lone ? _mm512_setzero_si512() : (__m512i)words<T, true>(odd, at + n * W, dim);
+        for (int n = 0; n < N; n += 2) {
+          if constexpr (WHOLE && std::is_same_v<T, I8>) {
+            for (int i = n; i < n + 2; ++i)
+              pair[i] = (F32)((U32)load(even + at + i * W) >> 16 | (U32)load(odd + at + i * W));
+            continue;
+          }
+          const __m512i a = (__m512i)read(even, n, std::true_type{});
+          const __m512i b = lone ? _mm512_setzero_si512() : (__m512i)read(odd, n, std::true_type{});
           pair[n] = (F32)_mm512_permutex2var_epi16(a, first, b);
           pair[n + 1] = (F32)_mm512_permutex2var_epi16(a, second, b);
         }
@@ -95,10 +106,10 @@ OP_INLINE void weigh_part(const float* p, int64_t p_step, Row&& row, Next&& next
         const T* value = row(j);
         if (FETCH)
 #pragma GCC unroll 4
-          for (int n = 0; n < N; n += LINE) __builtin_prefetch(next(j) + at + n * W, 0, 2);
+          for (int n = 0; n < N; n += LINE) __builtin_prefetch(next(j) + at + n * W, 0, NEAR<T>);
         F32 x[N];
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) x[n] = words<T, false>(value, at + n * W, dim);
+        for (int n = 0; n < N; ++n) x[n] = read(value, n, std::false_type{});
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -126,9 +137,9 @@ OP_INLINE void weigh(const float* p, int64_t p_step, Row&& row, Next&& next, int
   constexpr int WIDE = W >= 16 ? 4 : 2, NARROW = DOT ? 2 : 1;
   int64_t at = 0;
   for (; at + WIDE * W <= dim; at += WIDE * W)
-    weigh_part<T, DOT, R, WIDE, FETCH>(p, p_step, row, next, count, dim, at, alpha, c, c_step);
+    weigh_part<T, DOT, R, WIDE, true, FETCH>(p, p_step, row, next, count, dim, at, alpha, c, c_step);
   for (; at < dim; at += NARROW * W)
-    weigh_part<T, DOT, R, NARROW, FETCH>(p, p_step, row, next, count, dim, at, alpha, c, c_step);
+    weigh_part<T, DOT, R, NARROW, false, FETCH>(p, p_step, row, next, count, dim, at, alpha, c, c_step);
 }
 
 // Turns a row of raw products into weights relative to the row's new maximum, and brings its state up to that. CODES:
@@ -174,12 +185,9 @@ static void soften(const Attention& p, const Row& row, int64_t i, int64_t h, int
     F32 y = exp_negative(cut ? masked(over, n) : over);
     sums += y;
     if constexpr (CODES) y = y * load(value_scale + n * W);
-    if constexpr (DOT)
-      store(reinterpret_cast<BF16*>(scores) + n * W, y);
-    else
-      store(scores + n * W, y);
+    store_weights<DOT>(scores, n * W, y);
   }
-  *alpha = exp_negative(splat(*top - shift))[0];
+  *alpha = next == *top ? 1.0f : exp_negative(splat(*top - shift))[0];
   store(total, fma(load(total), splat(*alpha), sums));
   *top = next;
 }

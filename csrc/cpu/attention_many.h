@@ -25,15 +25,7 @@ static void pack_keys(const float** key, int count, int64_t dim, int64_t step, f
 template <class T, bool DOT, class Row>
 static void pack_values(Row&& row, int count, int64_t dim, int64_t step, float* packed) {
 #if defined(__AVX512BF16__)
-  if constexpr (DOT && IS_CODE<T>) {
-    for (int j = 0; j < count; j += 2)
-      for (int64_t d = 0; d < dim; d += W) {
-        const F32 even = words<T, false>(row(j), d, dim);
-        const F32 odd = j + 1 < count ? words<T, false>(row(j + 1), d, dim) : F32{};
-        store(packed + j / 2 * step + d, pairs(even, odd));
-      }
-    return;
-  } else if constexpr (DOT) {
+  if constexpr (DOT) {
     const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
                                            37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
@@ -56,7 +48,7 @@ static void pack_values(Row&& row, int count, int64_t dim, int64_t step, float* 
 
 // Weights of one key, or with DOT of two, beside each other in a word.
 template <bool DOT>
-OP_INLINE void store_weights(float* to, F32 even, [[maybe_unused]] F32 odd) {
+OP_INLINE void store_pairs(float* to, F32 even, [[maybe_unused]] F32 odd) {
 #if defined(__AVX512BF16__)
   if constexpr (DOT) {
     const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
@@ -97,7 +89,7 @@ static void soften_rows(const Attention& p, const Seen& seen, bool plain, int co
   };
   for (int j = 0; j < count; j += PAIR) {
     const F32 even = weight(j), odd = PAIR == 2 && j + 1 < count ? weight(j + 1) : F32{};
-    store_weights<DOT>(scores + j / PAIR * step, even, odd);
+    store_pairs<DOT>(scores + j / PAIR * step, even, odd);
   }
   store(alpha, keep);
   store(row_total, fma(load(row_total), keep, total(sums)));
@@ -112,7 +104,7 @@ static void many(const Unit& u, const Sizes& s, const Scratch& w, int64_t at, in
   constexpr int PAIR = DOT ? 2 : 1;
   const int64_t rows = u.to - u.from, groups = (rows + W - 1) / W, group = p.heads / p.kv_heads;
   const int64_t key_bytes = p.k.head * u.head * sizeof(T), value_bytes = p.v.head * u.head * sizeof(T);
-  const int64_t depth = word_count<T, DOT>(p.head_dim), vectors = (p.value_dim + W - 1) / W;
+  const int64_t depth = (p.head_dim + PAIR - 1) / PAIR, vectors = (p.value_dim + W - 1) / W;
   Seen seen[TALL / W];
   for (int64_t g = 0; g < groups; ++g) seen[g] = seen_by(u, u.from + g * W, at, count);
   if constexpr (IS_CODE<T>) read_scales(p, w, u.head);

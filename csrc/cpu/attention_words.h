@@ -36,6 +36,19 @@ OP_INLINE F32 multiply_add(F32 a, F32 b, F32 acc) {
   return fma(a, b, acc);
 }
 
+// Weights from `at` on as the first factor of a product.
+template <bool DOT>
+OP_INLINE void store_weights(float* to, int at, F32 x) {
+#if defined(__AVX512BF16__)
+  if constexpr (DOT) {  // the product takes denormals for zeros, so that the conversion may
+    const __m256bh half = _mm512_cvtneps_pbh(x);
+    std::memcpy(reinterpret_cast<BF16*>(to) + at, &half, sizeof half);
+    return;
+  }
+#endif
+  store(to + at, x);
+}
+
 // ---- lanes ----
 
 template <int S, int... J>
@@ -66,10 +79,17 @@ OP_INLINE void transpose(F32 (&x)[W]) {
   transpose_step<1>(x);
 }
 
+// Lanes without S of the result are sums of two of a, those with it of b: a blend and one shuffle.
+template <int S, int... J>
+OP_INLINE F32 fold(F32 a, F32 b, std::integer_sequence<int, J...>) {
+  const F32 stay = __builtin_shufflevector(a, b, ((J & S) ? W + J : J)...);
+  return stay + __builtin_shufflevector(a, b, ((J & S) ? W + J - S : J + S)...);
+}
+
 template <int S>
 OP_INLINE void sum_step(F32 (&x)[W]) {
 #pragma GCC unroll 16
-  for (int i = 0; i < S; ++i) x[i] = lower<S>(x[i], x[i + S], Lanes{}) + upper<S>(x[i], x[i + S], Lanes{});
+  for (int i = 0; i < S; ++i) x[i] = fold<S>(x[i], x[i + S], Lanes{});
 }
 
 // Lane i of the result is the sum of the lanes of x[i].
@@ -81,6 +101,22 @@ OP_INLINE F32 sums(F32 (&x)[W]) {
   return x[0];
 }
 
+// x[g] has R blocks of W / R lanes, block r of it becomes block g of x[r].
+template <int R>
+OP_INLINE void turn_blocks(F32 (&x)[R]) {
+  const auto step = [&](auto half) {
+    constexpr int HALF = decltype(half)::value, S = HALF * W / R;
+    for (int g = 0; g < R; ++g)
+      if (!(g & HALF)) {
+        const F32 a = x[g], b = x[g + HALF];
+        x[g] = lower<S>(a, b, Lanes{});
+        x[g + HALF] = upper<S>(a, b, Lanes{});
+      }
+  };
+  if constexpr (R >= 4) step(std::integral_constant<int, 2>{});
+  if constexpr (R >= 2) step(std::integral_constant<int, 1>{});
+}
+
 // ---- reading words of a row of `dim` elements ----
 
 template <class T>
@@ -90,26 +126,35 @@ template <class T, bool DOT>
 inline constexpr int PER_WORD = DOT ? 2 : 1;
 
 #if defined(__AVX512BF16__)
-// Pairs (low, high) of bfloat16 from floats that it holds exactly.
-OP_INLINE F32 pairs(F32 low, F32 high) { return (F32)((U32)low >> 16 | (U32)high); }
+// 32 codes as the bfloat16 that they are, each exactly.
+OP_INLINE F32 widen_pairs(const I8* codes) {
+  const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
+                                       23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  return (F32)_mm512_permutex2var_epi16((__m512i)load(codes), odd, (__m512i)load(codes + W));
+}
+
+OP_INLINE F32 widen_pairs(const E4M3* codes) {
+  // m 2^-9, where the exponent is zero.
+  const __m512i denormal =
+      _mm512_castsi128_si512(_mm_set_epi16(0x3C60, 0x3C40, 0x3C20, 0x3C00, 0x3BC0, 0x3B80, 0x3B00, 0));
+  const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+  const __m512i size = _mm512_and_si512(wide, _mm512_set1_epi16(0x7F));
+  __m512i x = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(120 << 7));
+  x = _mm512_mask_permutexvar_epi16(x, _mm512_cmplt_epu16_mask(size, _mm512_set1_epi16(8)), size, denormal);
+  x = _mm512_mask_mov_epi16(x, _mm512_cmpeq_epi16_mask(size, _mm512_set1_epi16(0x7F)), _mm512_set1_epi16(0x7FC0));
+  return (F32)_mm512_or_si512(x, _mm512_and_si512(wide, _mm512_set1_epi16(-0x8000)));
+}
 #endif
 
-// Two bfloat16 of a word are neighbours in memory; two codes are W apart, which their queries are told by pair_up.
 template <class T, bool DOT>
 OP_INLINE F32 all_words(const T* at) {
 #if defined(__AVX512BF16__)
   if constexpr (DOT && IS_CODE<T>)
-    return pairs(load(at), load(at + W));
+    return widen_pairs(at);
   else if constexpr (DOT)
     return (F32)_mm512_loadu_si512(at);
 #endif
   return load(at);
-}
-
-template <class T, bool DOT>
-OP_INLINE int64_t word_count(int64_t dim) {
-  if constexpr (DOT && IS_CODE<T>) return dim / (2 * W) * W + (dim % (2 * W) < W ? dim % (2 * W) : W);
-  return (dim + PER_WORD<T, DOT> - 1) / PER_WORD<T, DOT>;
 }
 
 // W words from element `at`, zeros beyond `dim`.
@@ -119,29 +164,16 @@ OP_INLINE F32 words(const T* row, int64_t at, int64_t dim) {
   const int left = static_cast<int>(dim - at);
 #if defined(__AVX512BF16__)
   if constexpr (DOT && IS_CODE<T>) {
-    return pairs(load_n(row + at, left), left > W ? load_n(row + at + W, left - W) : F32{});
+    if (left >= N) return widen_pairs(row + at);
+    T some[N] = {};
+    std::memcpy(some, row + at, left);
+    return widen_pairs(some);
   } else if constexpr (DOT) {
     if (left >= N) return (F32)_mm512_loadu_si512(row + at);
     return (F32)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << left) - 1), row + at);
   }
 #endif
   return left >= N ? load(row + at) : load_n(row + at, left);
-}
-
-// The words of a query from its channels: x [2 * W * n] floats, of which T's words hold the halves as all_words does.
-template <class T>
-OP_INLINE void pair_up(const float* x, int64_t channels, float* q) {
-  for (int64_t d = 0; d < channels; d += 2 * W) {
-    const F32 a = load(x + d), b = load(x + d + W);
-    BF16* to = reinterpret_cast<BF16*>(q + d / 2);
-    if constexpr (IS_CODE<T>) {
-      U32 low = __builtin_convertvector(narrow(a, BF16{}), U32), high = __builtin_convertvector(narrow(b, BF16{}), U32);
-      store(q + d / 2, (F32)(low | high << 16));
-    } else {
-      store(to, a);
-      store(to + W, b);
-    }
-  }
 }
 
 // Sums are short chains, or error grows with their length: CHAIN words are added in a row, and a lone column of
