@@ -242,7 +242,7 @@ def _int8_case() -> Case:
         implementations={
             "onepass": ours, "eager": dequantized(_textbook), "SDPA, folded heads": dequantized(_sdpa_folded),
         },
-        reference=lambda *args: ours(*args, backend="reference"),
+        reference=lambda q, k, v, *scales: ours(q, k, v, scales[0], scales[1], backend="reference"),
         reads=2 * HEADS * DIM + 2 * KEYS * KV_HEADS * (DIM + 4),
         writes=2 * HEADS * DIM,
         flops=4 * HEADS * DIM * KEYS,
