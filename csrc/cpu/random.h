@@ -268,6 +268,16 @@ OP_INLINE void weave(const F32 v[4], F32 out[4]) {
 #endif
 }
 
+// Fetch elements i to i + n of what will be read, or written, soon. Addresses beyond a tensor do no harm.
+template <class T>
+OP_INLINE void fetch(const T* p, int64_t i, int64_t n) {
+  for (int64_t j = i; j < i + n; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + j, 0);
+}
+template <class T>
+OP_INLINE void fetch_to_write(T* p, int64_t i, int64_t n) {
+  for (int64_t j = i; j < i + n; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + j, 1);
+}
+
 // The elements that N times W blocks of words give, in element order.
 template <Distribution D, int N>
 OP_INLINE void transform(const Words* words, float* out) {
@@ -298,9 +308,10 @@ OP_INLINE void transform(const Words* words, float* out) {
 }
 
 // `draws` times DRAW elements from a block of the key's row on. All words first, then all elements: each loop is short
-// enough for the processor to work on several turns of it at a time.
-template <Distribution D>
-static void draw(const Key& key, uint64_t block, int64_t draws, float* out) {
+// enough for the processor to work on several turns of it at a time. `beside(i, n)` is called while elements i to i + n
+// are made, to fetch what will be read with them: the memory is idle meanwhile.
+template <Distribution D, class Beside>
+static void draw(const Key& key, uint64_t block, int64_t draws, float* out, Beside&& beside) {
   constexpr int64_t CHUNK = 12;
   const RoundKeys keys(key.seed);
   Words words[CHUNK];
@@ -310,17 +321,33 @@ static void draw(const Key& key, uint64_t block, int64_t draws, float* out) {
     int64_t i = 0;
     for (; i + 3 <= count; i += 3) philox<3>(keys, key.stream, first + static_cast<uint64_t>(i) * W, words + i);
     for (; i < count; ++i) philox<1>(keys, key.stream, first + static_cast<uint64_t>(i) * W, words + i);
-    for (i = 0; i + 2 <= count; i += 2) transform<D, 2>(words + i, out + (begin + i) * DRAW);
-    if (i < count) transform<D, 1>(words + i, out + (begin + i) * DRAW);
+    for (i = 0; i + 2 <= count; i += 2) {
+      beside((begin + i) * DRAW, 2 * DRAW);
+      transform<D, 2>(words + i, out + (begin + i) * DRAW);
+    }
+    if (i < count) {
+      beside((begin + i) * DRAW, DRAW);
+      transform<D, 1>(words + i, out + (begin + i) * DRAW);
+    }
   }
 }
 
+template <Distribution D>
+static void draw(const Key& key, uint64_t block, int64_t draws, float* out) {
+  draw<D>(key, block, draws, out, [](int64_t, int64_t) {});
+}
+
 // Elements [start, start + count) of the key's row; the buffer has room for count + 2 DRAW.
+template <Distribution D, class Beside>
+static const float* draw_elements(const Key& key, int64_t start, int64_t count, float* buffer, Beside&& beside) {
+  const int64_t skip = start % 4;
+  draw<D>(key, static_cast<uint64_t>(start / 4), (skip + count + DRAW - 1) / DRAW, buffer, beside);
+  return buffer + skip;
+}
+
 template <Distribution D>
 static const float* draw_elements(const Key& key, int64_t start, int64_t count, float* buffer) {
-  const int64_t skip = start % 4;
-  draw<D>(key, static_cast<uint64_t>(start / 4), (skip + count + DRAW - 1) / DRAW, buffer);
-  return buffer + skip;
+  return draw_elements<D>(key, start, count, buffer, [](int64_t, int64_t) {});
 }
 
 }  // namespace onepass::ONEPASS_ISA

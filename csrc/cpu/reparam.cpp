@@ -20,15 +20,17 @@ struct Tile {
 struct Noise {
   float drawn[TILE + 2 * DRAW];
 
-  const float* of(const Key& key, int64_t start, int64_t count) {
-    return draw_elements<Distribution::normal>(key, start, count, drawn);
+  template <class Beside>
+  const float* of(const Key& key, int64_t start, int64_t count, Beside&& beside) {
+    return draw_elements<Distribution::normal>(key, start, count, drawn, beside);
   }
 };
 
 // body(partial sum's index, tile, its normals or null). A long row is several tasks; short rows share one, and with one
 // key for the whole tensor they share its normals too. Where `dense` they are worked on as if they were one row.
-template <class Body>
-void for_each_tile(const Reparam& p, bool draws, bool dense, Body&& body) {
+// While a tile's normals are drawn, ahead(tile, i, n) fetches its operands.
+template <class Ahead, class Body>
+void for_each_tile(const Reparam& p, bool draws, bool dense, Ahead&& ahead, Body&& body) {
   if (p.length > TILE) {
     const int64_t tiles = (p.length + TILE - 1) / TILE;
     parallel_for(p.rows * tiles, 1, p.num_threads, [&](int64_t first, int64_t last) {
@@ -37,7 +39,9 @@ void for_each_tile(const Reparam& p, bool draws, bool dense, Body&& body) {
         const int64_t row = task / tiles, begin = task % tiles * TILE;
         const Tile tile{row, 1, begin, begin + TILE < p.length ? begin + TILE : p.length};
         const int64_t start = (p.keys_per_row ? 0 : row * p.length) + begin;
-        body(task, tile, draws ? noise.of(p.keys.at(p.keys_per_row ? row : 0), start, tile.end - begin) : nullptr);
+        const auto beside = [&](int64_t i, int64_t n) { ahead(tile, i, n); };
+        const Key key = p.keys.at(p.keys_per_row ? row : 0);
+        body(task, tile, draws ? noise.of(key, start, tile.end - begin, beside) : nullptr);
       }
     });
     return;
@@ -49,15 +53,18 @@ void for_each_tile(const Reparam& p, bool draws, bool dense, Body&& body) {
       const int64_t begin = g * group, end = begin + group < p.rows ? begin + group : p.rows;
       const bool own_keys = draws && p.keys_per_row;
       const float* shared = nullptr;
-      if (draws && !own_keys) shared = noise.of(p.keys.at(0), begin * p.length, (end - begin) * p.length);
+      const Tile together{begin, end - begin, 0, (end - begin) * p.length};
+      const auto beside = [&](int64_t i, int64_t n) { ahead(together, i, n); };
+      if (draws && !own_keys) shared = noise.of(p.keys.at(0), begin * p.length, together.end, beside);
       if (dense && !own_keys) {
-        body(begin, Tile{begin, end - begin, 0, (end - begin) * p.length}, shared);
+        body(begin, together, shared);
         continue;
       }
       for (int64_t row = begin; row < end; ++row) {
         const float* own = shared ? shared + (row - begin) * p.length : nullptr;
-        if (own_keys) own = noise.of(p.keys.at(row), 0, p.length);
-        body(row, Tile{row, 1, 0, p.length}, own);
+        const Tile tile{row, 1, 0, p.length};
+        if (own_keys) own = noise.of(p.keys.at(row), 0, p.length, [&](int64_t i, int64_t n) { ahead(tile, i, n); });
+        body(row, tile, own);
       }
     }
   });
@@ -74,7 +81,12 @@ const T* row_of(const RowsIn& rows, const Tile& tile) {
 template <class T>
 void forward_as(const Reparam& p, T* z, float* kl, double* partial) {
   const bool dense = dense_rows(p, p.mean) && dense_rows(p, p.logvar) && dense_rows(p, p.noise);
-  for_each_tile(p, !p.noise.data, dense, [&](int64_t task, const Tile& tile, const float* drawn) {
+  const auto ahead = [&](const Tile& tile, int64_t i, int64_t n) {
+    fetch(row_of<T>(p.mean, tile), i, n);
+    fetch(row_of<T>(p.logvar, tile), i, n);
+    fetch_to_write(z + tile.row * p.length + tile.begin, i, n);
+  };
+  for_each_tile(p, !p.noise.data, dense, ahead, [&](int64_t task, const Tile& tile, const float* drawn) {
     const T* given = p.noise.data ? row_of<T>(p.noise, tile) : nullptr;
     const T *mean = row_of<T>(p.mean, tile), *logvar = row_of<T>(p.logvar, tile);
     T* out = z + tile.row * p.length + tile.begin;
@@ -124,7 +136,14 @@ void backward_as(const Reparam& p, const RowsIn& grad_z, const float* grad_kl, T
                  T* grad_noise) {
   const bool dense =
       dense_rows(p, p.mean) && dense_rows(p, p.logvar) && dense_rows(p, p.noise) && dense_rows(p, grad_z);
-  for_each_tile(p, grad_z.data && !p.noise.data, dense, [&](int64_t, const Tile& tile, const float* drawn) {
+  const auto ahead = [&](const Tile& tile, int64_t i, int64_t n) {
+    fetch(row_of<T>(p.mean, tile), i, n);
+    fetch(row_of<T>(p.logvar, tile), i, n);
+    fetch(row_of<T>(grad_z, tile), i, n);
+    fetch_to_write(grad_mean + tile.row * p.length + tile.begin, i, n);
+    fetch_to_write(grad_logvar + tile.row * p.length + tile.begin, i, n);
+  };
+  for_each_tile(p, grad_z.data && !p.noise.data, dense, ahead, [&](int64_t, const Tile& tile, const float* drawn) {
     const T* given = p.noise.data ? row_of<T>(p.noise, tile) : nullptr;
     const T *mean = row_of<T>(p.mean, tile), *logvar = row_of<T>(p.logvar, tile);
     const T* dz = grad_z.data ? row_of<T>(grad_z, tile) : nullptr;
