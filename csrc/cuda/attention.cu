@@ -1,5 +1,9 @@
 #include "attention.cuh"
 
+#include <limits>
+#include <type_traits>
+
+#include "attention_tiles.cuh"
 #include "launch.cuh"
 
 namespace onepass::cuda {
@@ -18,9 +22,15 @@ struct Shape {
   bool few;  // rows of queries: one warp holds them
 };
 
+int64_t query_rows(const Attention& p) { return p.queries * (p.heads / p.kv_heads); }
+
+// Whether some rows of the batch go to tensor cores, and whether some may not: each goes by its own queries.
+bool tiled(const Attention& p) { return p.dtype != DType::f32 && query_rows(p) > FEW_ROWS; }
+bool untiled(const Attention& p) { return !tiled(p) || p.cache.cu_seqlens; }
+
 // The most that any row of the batch can have; what a row has only the device knows.
 Shape shape_of(const Attention& p) {
-  const int64_t rows = p.queries * (p.heads / p.kv_heads);
+  const int64_t rows = tiled(p) ? FEW_ROWS : query_rows(p);
   const int64_t capacity = p.cache.seqlens ? p.cache.slots * (p.cache.block_table ? p.cache.blocks : 1) : p.cache.keys;
   Shape s{};
   s.few = rows <= ROWS;
@@ -33,12 +43,28 @@ Shape shape_of(const Attention& p) {
 
 bool splits(const Shape& s) { return s.chunks > 1 && s.blocks < ENOUGH_BLOCKS; }
 
+template <class T, int CHANNELS>
+void run_tiles(const Attention& p, const Plan& plan, const Stream& stream) {
+  static_assert(TILE_SHARED<CHANNELS> <= MOST_SHARED);
+  const int64_t tiles = (query_rows(p) + TILE_ROWS - 1) / TILE_ROWS;
+  launch(stream, grid_size(tiles * p.kv_heads * p.batch), SHORT_BLOCK, TILE_SHARED<CHANNELS>, attend_tiles<T, CHANNELS>,
+         p, plan, tiles);
+}
+
 template <class T, int BLOCKS>
 void run(const Attention& p, void* workspace, const Stream& stream) {
   const Shape s = shape_of(p);
   Plan plan{};
+  plan.most_rows = tiled(p) ? FEW_ROWS : std::numeric_limits<int64_t>::max();
   plan.wide_k = wide(p.k, p.head_dim, sizeof(T));
   plan.wide_v = wide(p.v, p.value_dim, sizeof(T));
+  if constexpr (!std::is_same_v<T, float>) {
+    const int64_t widest = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
+    if (tiled(p) && widest <= 64) run_tiles<T, 64>(p, plan, stream);
+    if (tiled(p) && widest > 64 && widest <= 128) run_tiles<T, 128>(p, plan, stream);
+    if (tiled(p) && widest > 128) run_tiles<T, 256>(p, plan, stream);
+  }
+  if (!untiled(p)) return;
   plan.query_stride = static_cast<int>((p.head_dim + PACK<T> - 1) / PACK<T> * PACK<T>);
   plan.key_stride = plan.query_stride + PACK<T>;  // lanes then meet different banks
   plan.value_stride = BLOCKS * WARP;
@@ -59,7 +85,7 @@ void run(const Attention& p, void* workspace, const Stream& stream) {
 }  // namespace
 
 int64_t attention_workspace(const Attention& p) {
-  if (!splits(shape_of(p))) return 0;
+  if (!untiled(p) || !splits(shape_of(p))) return 0;
   const int64_t rows = p.heads * (p.cache.cu_seqlens ? p.tokens : p.batch * p.queries);
   return rows * MOST_CHUNKS * partial_size(p) * static_cast<int64_t>(sizeof(float));
 }

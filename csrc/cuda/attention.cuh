@@ -149,6 +149,7 @@ struct Plan {
   bool wide_k, wide_v;                         // every row of keys or values is made of aligned 16 bytes
   int key_stride, value_stride, query_stride;  // elements of a row in shared memory
   float* partial;                              // null: one block walks all chunks
+  int64_t most_rows;                           // rows of the batch with more query rows are another launch's
 };
 
 // Floats of a partial result: most, sum, values.
@@ -162,9 +163,9 @@ __device__ __forceinline__ float* partial_at(const Attention& p, const Plan& pla
 // A tile of keys or values into shared memory, zeros where there is none; complete after commit, wait and a barrier.
 template <class T>
 __device__ __forceinline__ void fetch(const Attention& p, const BatchRow& b, const Heads& from, int64_t head,
-                                      int64_t width, int64_t key, T* to, int stride, bool wide) {
+                                      int64_t width, int64_t key, T* to, int stride, bool wide, int keys = KEYS) {
   const int units = static_cast<int>((width + PACK<T> - 1) / PACK<T>);
-  for (int i = static_cast<int>(threadIdx.x); i < KEYS * units; i += static_cast<int>(blockDim.x)) {
+  for (int i = static_cast<int>(threadIdx.x); i < keys * units; i += static_cast<int>(blockDim.x)) {
     const int row = i / units, d = i % units * PACK<T>;
     int64_t page, slot;
     const bool there = key + row < b.end && slot_of(p.cache, b.index, key + row, page, slot);
@@ -186,7 +187,7 @@ __global__ void __launch_bounds__(SHORT_BLOCK, 2) attend(Attention p, Plan plan,
   const BatchRow b = batch_row(p.cache, blockIdx.x / row_tiles / p.kv_heads, p.queries, p.tokens);
   const int tile_rows = ROWS * static_cast<int>(blockDim.x) / WARP;
   const int64_t group = p.heads / p.kv_heads, rows = b.count * group, begin = tile * tile_rows;
-  if (begin >= rows) return;
+  if (rows > plan.most_rows || begin >= rows) return;
   const int64_t end = begin + tile_rows < rows ? begin + tile_rows : rows;
   const auto query_row = [&](int64_t r) { return QueryRow{r / group, head * group + r % group}; };
 
@@ -327,7 +328,7 @@ __global__ void __launch_bounds__(SHORT_BLOCK) join_chunks(Attention p, Plan pla
   if (index >= p.batch * per_row) return;
   const BatchRow b = batch_row(p.cache, index / per_row, p.queries, p.tokens);
   const QueryRow r{index % per_row / p.heads, index % p.heads};
-  if (r.query >= b.count) return;
+  if (r.query >= b.count || b.count * (p.heads / p.kv_heads) > plan.most_rows) return;
   const int lane = static_cast<int>(threadIdx.x) % WARP;
   const int64_t keys = b.end - b.first, chunk = chunk_size(keys);
   Softmax<BLOCKS> whole;

@@ -57,7 +57,7 @@ def rows() -> list[dict[str, Any]]:
                 for mangled, kernel in cubin.read(cubins[target]).items():
                     name, configuration, parameters = _named(mangled)
                     threads = _threads(name, parameters)
-                    dynamic = _attend_shared(parameters) if name == "attend" else 0
+                    dynamic = SHARED[name](parameters) if name in SHARED else 0
                     occupancy = cubin.occupancy(target, kernel.registers, kernel.shared + dynamic, threads)
                     found.append({
                         "stem": stem, "kernel": name, "configuration": configuration, "target": target,
@@ -90,6 +90,14 @@ def _attend_shared(parameters: list[str]) -> int:
     stage = size * 32 * (width + 16 // size + width)
     return queries + (2 if queries + 2 * stage <= MOST_SHARED else 1) * stage
 
+
+def _tiles_shared(parameters: list[str]) -> int:
+    """Dynamic shared memory of attend_tiles: TILE_SHARED of csrc/cuda/attention_tiles.cuh."""
+    channels = int(parameters[1])
+    return 2 * (channels + 8) * (64 + 4 * (16 if channels > 128 else 64))
+
+
+SHARED = {"attend": _attend_shared, "attend_tiles": _tiles_shared}
 
 if __name__ == "__main__":
     lines = ",\n".join(map(json.dumps, rows()))

@@ -13,6 +13,7 @@ import cases
 from helpers import assert_as_good_as_torch
 from test_attention import core, in_float64, inputs, options
 from test_attention_kvcache import LAYOUTS, OPTIONS, Rows, randn
+from test_attention_varlen import Ragged
 
 ONE_ORDER = ["shuffled", pytest.param("cuda", marks=pytest.mark.gpu)]      # of threads: for what takes long
 PLAIN = ("none", "causal", "window", "softcap", "alibi", "sinks", "bool", "additive", "many")
@@ -113,6 +114,27 @@ def test_splitting_the_keys_changes_no_bit(option, device):
         assert torch.equal(one[0][0], out[b]) and torch.equal(one[1][0], lse[b])
 
 
+@pytest.mark.parametrize("device", ONE_ORDER, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ragged_rows_on_tensor_cores_and_beside_them(dtype, device):
+    """Rows of many queries and of few in one batch, packed and in pages: each has the bits that it has alone."""
+    case = Ragged(((70, 90), (1, 300), (33, 40), (80, 20), (0, 4), (3, 7)), heads=2, kv_heads=1, dtype=dtype)
+    case.q, case.k, case.v, case.cu_q, case.cu_k = (
+        x.to(device) for x in (*case.tensors(), case.cu_q, case.cu_k)
+    )
+    chosen = there({"causal": True, "window": (60, -1), "sinks": randn(2, seed=5), "softcap": 3.0}, device)
+    out, lse = case.call(backend="cuda", **chosen)
+    k, v, table = (x.to(device) for x in case.pages(7))
+    paged = onepass.attention_varlen(
+        case.q, k, v, *case.lengths(), block_table=table, return_lse=True, backend="cuda", **chosen
+    )
+    assert torch.equal(paged[0], out) and torch.equal(paged[1], lse)
+    for b in range(case.batch):
+        alone = case.alone(b, return_lse=True, backend="cuda", **chosen)
+        at = slice(int(case.cu_q[b]), int(case.cu_q[b + 1]))
+        assert torch.equal(alone[0][0], out[at]) and torch.equal(alone[1][0], lse[:, at]), b
+
+
 def test_appending_writes_these_slots_and_no_other(device):
     rows = Rows(lengths=(2, 9))
     k_cache, v_cache, kwargs = rows.layout(page=4)
@@ -156,7 +178,7 @@ def test_gradients_are_the_references(device):
 def test_every_order_of_threads(dtype, device):
     """What the sanitizers and all three orders run: both stages of the pipeline, ragged tails, several warps."""
     for case, option in (((2, 3, 77, 4, 2, 40, 72), "many"), ((1, 9, 300, 2, 1, 16, 16), "causal"),
-                         ((1, 2, 40, 2, 2, 7, 9), "none")):
+                         ((1, 2, 40, 2, 2, 7, 9), "none"), ((1, 35, 90, 2, 1, 40, 24), "many")):
         q, k, v = inputs(case, dtype)
         chosen = options(option, case)
         got = onepass.attention(*(x.to(device) for x in (q, k, v)), backend="cuda", **there(chosen, device)).cpu()
