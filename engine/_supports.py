@@ -158,9 +158,13 @@ def kvcache_cuda(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> str
 
 
 def varlen_cuda(*args: Any) -> str | None:
+    return no_gradient(*args) or page_strides(*args[1:3]) or _head_dims(*args[:3]) or floats_cuda(*args)
+
+
+def no_gradient(*args: Any) -> str | None:
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
         return "a gradient is needed, and only the reference has one on a device"
-    return _page_strides(*args[1:3]) or _head_dims(*args[:3]) or floats_cuda(*args)
+    return None
 
 
 def _head_dims(*tensors: Tensor) -> str | None:
@@ -170,10 +174,10 @@ def _head_dims(*tensors: Tensor) -> str | None:
 
 def varlen_cpu(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> str | None:
     """As floats_cpu; pages are read where they are, so their head dim has unit stride."""
-    return _page_strides(k, v) or floats_cpu(q, k, v, *args)
+    return page_strides(k, v) or floats_cpu(q, k, v, *args)
 
 
-def _page_strides(k: Tensor, v: Tensor) -> str | None:
+def page_strides(k: Tensor, v: Tensor) -> str | None:
     for name, pages in (("k", k), ("v", v)):
         if pages.dim() == 4 and pages.numel() and pages.stride(-1) != 1 and pages.shape[-1] != 1:
             return f"{name} has stride {pages.stride(-1)} in the head dim, the kernel takes pages with 1"

@@ -94,3 +94,8 @@ def append(k_cache: Tensor, v_cache: Tensor, *args: Any) -> str | None:
 def kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> str | None:
     refused = _supports.no_codes(k_cache) or _supports.cache_strides(k_cache, v_cache)
     return refused or floats(q, k_cache, v_cache, *args)
+
+
+def varlen(*args: Any) -> str | None:
+    """Ragged rows: no gradient, and what the CPU asks of pages."""
+    return _supports.no_gradient(*args) or _supports.page_strides(*args[1:3]) or floats(*args)

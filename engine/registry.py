@@ -190,6 +190,7 @@ _TABLE = [
             "cuda": Impl(
                 "onepass._native.attention_varlen:forward", supports.varlen_cuda, f"{_PAGES}; no gradient; {_ON_CUDA}"
             ),
+            "triton": Impl("onepass.kernels.attention:varlen_forward", triton.varlen, f"{_PAGES}; no gradient"),
             "cpu": Impl("onepass._native.attention_varlen:forward", supports.varlen_cpu, _PAGES),
             "reference": _reference("attention_varlen:attention_varlen_forward"),
         },
@@ -217,7 +218,7 @@ _TABLE = [
         "attention_with_kvcache, the append",
         {
             "cuda": Impl("onepass._native.attention:kvcache_append", supports.append_cuda, _CUDA_CACHES),
-            "triton": Impl("onepass.kernels.attention:kvcache_append", triton.append, _CACHES),
+            "triton": Impl("onepass.kernels.kvcache:kvcache_append", triton.append, _CACHES),
             "cpu": Impl("onepass._native.attention:kvcache_append", supports.append_cpu, _CODES),
             "reference": _reference("kvcache:kvcache_append"),
         },

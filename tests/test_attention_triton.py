@@ -14,6 +14,8 @@ from helpers import INTERPRETED, TRITON, assert_as_good_as_torch, on_its_device 
 from test_attention import OPTIONS, in_float64, inputs, options
 from test_attention_kvcache import LAYOUTS, Rows, append_writes_its_slots_alone
 from test_attention_kvcache import OPTIONS as CACHE_OPTIONS
+from test_attention_varlen import OPTIONS as RAGGED_OPTIONS
+from test_attention_varlen import Ragged
 
 pytestmark = pytest.mark.parametrize("backend", [TRITON])
 
@@ -84,6 +86,39 @@ def test_layout_and_batch_do_not_change_a_bit(new, heads, kv_heads, dtype, backe
         out, lse = rows.only(b).call(causal=True, backend=backend)
         assert torch.equal(out[0], truth[0][b])
         assert torch.equal(lse[0], truth[1][b])
+
+
+def test_other_rows_of_a_ragged_batch_do_not_change_a_bit(backend):
+    """Alone, a row of one query is what decides; beside a long one the launch is another."""
+    for dtype in (torch.float32, torch.bfloat16):
+        case = Ragged(((1, 300), (40, 70), (9, 300), (0, 5), (1, 0), (3, 20)), dtype=dtype)
+        case.cu_q, case.cu_k = (x.to(case.q.device) for x in (case.cu_q, case.cu_k))
+        chosen = {"causal": True, "sinks": here(RAGGED_OPTIONS["sinks"])["sinks"]}
+        out, lse = case.call(backend=backend, **chosen)
+        for b in range(case.batch):
+            at = slice(int(case.cu_q[b]), int(case.cu_q[b + 1]))
+            alone = case.alone(b, return_lse=True, backend=backend, **chosen)
+            assert torch.equal(alone[0][0], out[at]) and torch.equal(alone[1][0], lse[:, at]), b
+        for size in (1, 7):
+            k, v, table = case.pages(size)
+            paged = onepass.attention_varlen(case.q, k, v, *case.lengths(), block_table=table.to(k.device),
+                                             return_lse=True, backend=backend, **chosen)
+            assert torch.equal(paged[0], out) and torch.equal(paged[1], lse), size
+
+
+@pytest.mark.parametrize("option", RAGGED_OPTIONS)
+def test_ragged_rows_as_good_as_torch(option, backend):
+    chosen = here(RAGGED_OPTIONS[option])
+    for dtype, tolerance in ((torch.float32, 3e-6), (torch.bfloat16, 2e-2)):
+        case = Ragged(((1, 300), (5, 3), (0, 9), (2, 0), (20, 40)), dtype=dtype)
+        case.cu_q, case.cu_k = (x.to(case.q.device) for x in (case.cu_q, case.cu_k))
+        out, lse = case.call(backend=backend, **chosen)
+        wide = (x.double() for x in case.tensors())
+        truth, true_lse = onepass.attention_varlen(
+            *wide, *case.lengths(), return_lse=True, backend="reference", **in_float64(chosen)
+        )
+        torch.testing.assert_close(out.double(), truth, rtol=0, atol=tolerance * float(truth.abs().max()))
+        torch.testing.assert_close(lse.double(), true_lse, rtol=1e-6, atol=5e-6)
 
 
 def test_append_writes_these_slots_and_no_other(backend):

@@ -27,6 +27,7 @@ Row = dict[str, Any]
 LIMITS: list[tuple[str, str, str, str, int, int | None]] = [
     (".*", ".*", ".*", "spill_bytes", 0, 0),
     ("attend", ".* BD=256 .*", "gfx942", "spill_bytes", 0, 32),
+    ("attend", ".*PRECISION=tf32x3.*", "sm_120", "spill_bytes", 0, 68),
     ("fill_rows", "fp32 .*BLOCKS=256.*", "sm_.*", "wide_store", 2, None),
     ("forward_tiles|backward_tiles", ".*UNIT=[48].*", "sm_.*", "wide_load", 2, None),
     ("forward_tiles|backward_tiles", ".*UNIT=[48].*", "sm_.*", "wide_store", 1, None),
@@ -42,6 +43,8 @@ LIMITS: list[tuple[str, str, str, str, int, int | None]] = [
     ("step", ".*", "sm_.*", "wide_load", 4, None),
     ("step", ".*", "sm_.*", "wide_store", 2, None),
     ("attend", ".*", "sm_.*", "async_load", 2, None),
+    ("attend_tiles", ".*", "sm_.*", "matrix", 32, None),
+    ("attend_tiles", ".*", "sm_.*", "async_load", 2, None),
     # of both: Triton's tiles on tensor cores, and its float32, which has none and copies nothing ahead
     ("attend", ".*PRECISION=tf32.*", "sm_.*", "matrix", 8, None),
     ("attend", ".*PRECISION=ieee.*", "sm_.*", "async_load", 0, None),

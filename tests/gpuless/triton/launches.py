@@ -89,6 +89,7 @@ def volrend() -> None:
 
 def attention() -> None:
     from onepass.kernels import attention as kernels
+    from onepass.kernels import kvcache
 
     i32 = lambda *shape: empty(*shape, dtype=torch.int32)
     half = lambda *shape, dtype=torch.bfloat16: empty(*shape, dtype=dtype)
@@ -96,7 +97,7 @@ def attention() -> None:
     def decode(q: Tensor, cache: Tensor, table: Tensor | None, rotary: Tensor | None, **options: object) -> None:
         new = cache.new_empty(q.shape[0], q.shape[1], *cache.shape[2:])
         place = (table, None, None, None, q.shape[1], rotary, rotary, False)
-        kernels.kvcache_append(cache, cache, new, new, i32(q.shape[0]), *place)
+        kvcache.kvcache_append(cache, cache, new, new, i32(q.shape[0]), *place)
         scores = {"causal": True, "window_left": -1, "window_right": -1, "softcap": 0.0, "scale": 0.1, **options}
         kernels.kvcache_attention(q, cache, cache, i32(q.shape[0]), q.shape[1], *place, **scores)
 
@@ -105,10 +106,15 @@ def attention() -> None:
            window_left=1023, softcap=30.0, alibi_slopes=empty(16), sinks=empty(16))
     decode(half(8, 8, 32, 128), half(8, 8192, 8, 128), None, None, causal=False,
            tree_mask=torch.empty(8, 8, 8, dtype=torch.bool, device=META))
+    for table, x in ((None, half(4096, 8, 128)), (i32(8, 64), empty(512, 16, 8, 128))):
+        q = x.new_empty(4096, 32, 128)
+        kernels.varlen_forward(q, x, x, i32(9), i32(9), 512, 1024, table, True, -1, -1, 0.0, 0.1)
     scores = (-1, -1, 0.0, 0.1, None, None, None)
     x = half(2, 1024, 16, 128)
     kernels.forward(x, x[:, :, :4], x[:, :, :4], True, *scores)
     x = empty(2, 1024, 8, 64)
+    kernels.forward(x, x, x, True, *scores)
+    x = empty(2, 1024, 8, 256)
     kernels.forward(x, x, x, True, *scores)
     x = half(2, 1024, 8, 256)
     kernels.forward(x, x, x, False, *scores)
