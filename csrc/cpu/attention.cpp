@@ -54,8 +54,9 @@ void begin_rows(const Unit& u, const Sizes& s, const Scratch& w) {
       turn(lines, s.q_step, r % W + 1, DOT ? s.q_step / 2 : s.q_step, w.q + r / W * W, TALL);
     std::memset(u.c + r * u.c_step, 0, s.c_step * sizeof(float));
   }
-  for (int64_t r = 0; r < s.state_rows; ++r) w.top[r] = EMPTY;
-  std::memset(w.total, 0, s.state_rows * W * sizeof(float));
+  const int64_t states = is_few ? rows * (u.head_end - u.head) : TALL;
+  for (int64_t r = 0; r < states; ++r) w.top[r] = EMPTY;
+  std::memset(w.total, 0, states * W * sizeof(float));
 }
 
 // Pointers to head 0 of keys [at, at + count), the last one repeated to the end of the tile.

@@ -7,8 +7,10 @@
 namespace onepass::ONEPASS_ISA {
 namespace {
 
-constexpr int64_t TALL = 96, SPLIT = 64, FEW = 8;  // rows
-constexpr int KEYS = 64;                           // of a tile
+// Rows; lanes are rows only of more than FEW, for fewer do not fill them.
+constexpr int64_t TALL = 96, SPLIT = 64, FEW = 3 * W / 2;
+constexpr int64_t STATES = 512;  // rows of all heads that a thread walks the tokens with
+constexpr int KEYS = 64;         // of a tile
 static_assert(TALL % W == 0 && KEYS % W == 0);
 constexpr int64_t MAX_DIM = 256;
 constexpr float EMPTY = -__builtin_inff();
@@ -32,7 +34,7 @@ struct Row {
     end = p.window_right < 0 ? keys : least(keys, keys + p.window_right);
     if (end < begin) end = begin;
     const bool split = rows <= SPLIT;
-    together = rows <= FEW && p.k.head < p.k.step;
+    together = rows <= FEW && rows * p.kv_heads <= STATES && p.k.head < p.k.step;
     // More rows write larger partial results: they are cut into fewer chunks.
     const int64_t pieces = rows ? most(8, least(32, 512 / rows)) : 1;
     chunk = split ? most(128, round_up((end - begin + pieces - 1) / pieces, KEYS)) : most(end - begin, 1);
@@ -52,7 +54,7 @@ struct Sizes {
   explicit Sizes(const Attention& p) {
     q_step = round_up(p.head_dim, 2 * W);
     c_step = round_up(p.value_dim, 2 * W);
-    state_rows = most(TALL, p.kv_heads * FEW);
+    state_rows = most(TALL, least(STATES, p.kv_heads * FEW));
     part = c_step + W;
   }
 };
