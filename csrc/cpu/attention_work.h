@@ -36,7 +36,7 @@ struct Row {
     const bool split = rows <= SPLIT;
     together = rows <= FEW && rows * p.kv_heads <= STATES && p.k.head < p.k.step;
     // More rows write larger partial results: they are cut into fewer chunks.
-    const int64_t pieces = rows ? most(8, least(32, 512 / rows)) : 1;
+    const int64_t pieces = rows ? most(8, least(32, 256 / rows)) : 1;
     chunk = split ? most(128, round_up((end - begin + pieces - 1) / pieces, KEYS)) : most(end - begin, 1);
     chunks = split ? most(1, (end - begin + chunk - 1) / chunk) : 1;
     tiles = split ? (rows ? 1 : 0) : (rows + TALL - 1) / TALL;
