@@ -248,6 +248,12 @@ def test_every_case_is_well_formed() -> None:
             assert c.formula, c.name
 
 
+def test_what_every_case_launches_on_a_gpu_is_recorded() -> None:
+    recorded = {(row["stem"], row["case"]) for row in json.loads(predict.LAUNCHES.read_text())}
+    stems = {stem for stem, _ in recorded}
+    assert recorded == {(stem, c.name) for stem in stems for c in cli.cases(stem, CPU)}, "make kernel-report"
+
+
 def test_listing_allocates_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list", "--device", "cpu"]) == 0
     assert "z_kl_b64_fp32" in capsys.readouterr().out

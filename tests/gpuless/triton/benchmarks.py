@@ -77,9 +77,13 @@ def main(command: str) -> int:
     text = "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
     if command == "write":
         RECORD.write_text(text)
-    elif not RECORD.exists() or RECORD.read_text() != text:
-        print("tests/gpuless/benchmarks.json is old: `make kernel-report` accepts what the benchmarks launch")
-        return 1
+    else:
+        kept = json.loads(RECORD.read_text()) if RECORD.exists() else []
+        differing = sorted({f"{row['stem']} {row['case']}" for row in rows + kept if row not in rows or row not in kept})
+        if differing:
+            print(f"tests/gpuless/{RECORD.name} is old: `make kernel-report` accepts what the benchmarks launch now")
+            print("\n".join(f"  {case}" for case in differing))
+            return 1
     return 0
 
 
