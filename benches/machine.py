@@ -186,12 +186,17 @@ def measure(device: torch.device, dtypes: Iterable[torch.dtype], *, quick: bool 
     passes = 3 if quick else 9
     # Many, since one pass is a few milliseconds: on a busy machine most of them are disturbed.
     read, copy = (_fastest_bandwidth(loops, 5 * passes) for loops in _loops(device))
-    side = 8192 if device.type == "cuda" else (1024 if quick else 2048)
-    matmul = {}
-    for dtype in sorted({torch.float32, *dtypes}, key=str):
-        if dtype in (torch.float32, torch.bfloat16, torch.float16):
-            a, b = (torch.randn(side, side, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
-            matmul[name_of(dtype)] = 2 * side**3 / _fastest(functools.partial(torch.mm, a, b), device, passes)
+    full = 8192 if device.type == "cuda" else (1024 if quick else 2048)
+
+    def flops(dtype: torch.dtype, side: int, passes: int) -> float:
+        a, b = (torch.randn(side, side, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
+        return 2 * side**3 / _fastest(functools.partial(torch.mm, a, b), device, passes)
+
+    matmul = {"float32": flops(torch.float32, full, passes)}
+    for dtype in sorted({torch.bfloat16, torch.float16} & {*dtypes}, key=str):
+        # Without instructions for it torch walks a 16-bit product element by element, minutes at full size: floats win.
+        slow = device.type == "cpu" and flops(dtype, 256, 9) < matmul["float32"] / 10
+        matmul[name_of(dtype)] = matmul["float32"] if slow else flops(dtype, full, passes)
     return Rates(read[1], copy[1], matmul, {"read": read[0], "copy": copy[0]})
 
 

@@ -68,6 +68,8 @@ def _session(heads: int, kv_heads: int, dtype: torch.dtype, threads: int) -> tup
     domains = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Its threads spin during a run as ever, not on into the next implementation's turn.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 4          # what it refuses it raises
     model = helper.make_model(graph, opset_imports=domains, ir_version=10).SerializeToString()
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]), element
