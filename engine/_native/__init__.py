@@ -60,6 +60,23 @@ def by_rows(x: Tensor, length: int) -> tuple[Tensor, int]:
     return x.contiguous(), length
 
 
+def layout_of(x: Tensor) -> tuple[int, int] | None:
+    """x [B, ...] as rows of segments: (elements that lie in one piece, from a segment to the next), or None."""
+    dims = [(size, step) for size, step in zip(x.shape[1:], x.stride()[1:], strict=True) if size != 1]
+    run = 1
+    while dims and dims[-1][1] == run:
+        run *= dims.pop()[0]
+    if not dims:
+        return run, run
+    segment = dims[-1][1]
+    length = 1
+    for size, step in reversed(dims):
+        if step != segment * length:
+            return None
+        length *= size
+    return run, segment
+
+
 def mask_rows(mask: Tensor, sample: Tensor) -> tuple[Tensor, int, int]:
     """A mask that broadcasts to `sample`, as bools or floats [B or 1, period], the elements from row to row (0 where
     rows share one), and the period in which it repeats along a row; a leading broadcast costs no copy."""
@@ -114,6 +131,7 @@ __all__ = [
     "error",
     "kernels",
     "key_part",
+    "layout_of",
     "mask_rows",
     "on_device",
     "pointer",

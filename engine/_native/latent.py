@@ -8,26 +8,9 @@ from torch import Tensor
 
 from .._ops.latent import half_shape, term_shapes
 from ..reference.latent import TERMS, draws
-from . import _C, DTYPES, pointer, random_keys, row_length
+from . import _C, DTYPES, layout_of, pointer, random_keys, row_length
 
 _NOTHING = (0, 0, 0)
-
-
-def _layout(x: Tensor) -> tuple[int, int] | None:
-    """x [B, ...] as rows of segments: (elements that lie in one piece, from a segment to the next), or None."""
-    dims = [(size, step) for size, step in zip(x.shape[1:], x.stride()[1:], strict=True) if size != 1]
-    run = 1
-    while dims and dims[-1][1] == run:
-        run *= dims.pop()[0]
-    if not dims:
-        return run, run
-    segment = dims[-1][1]
-    length = 1
-    for size, step in reversed(dims):
-        if step != segment * length:
-            return None
-        length *= size
-    return run, segment
 
 
 class _Operands:
@@ -38,9 +21,9 @@ class _Operands:
 
     def __init__(self, like: Tensor, *tensors: Tensor | None, result: Tensor | None = None) -> None:
         self.rows, self.length = row_length(like)
-        runs = [layout[0] for x in tensors if x is not None and (layout := _layout(x)) is not None]
+        runs = [layout[0] for x in tensors if x is not None and (layout := layout_of(x)) is not None]
         self.run = min(runs, default=self.length)
-        if result is not None and (layout := _layout(result)) is not None and layout[0] < self.length:
+        if result is not None and (layout := layout_of(result)) is not None and layout[0] < self.length:
             self.run = layout[0]                # a result is written where it lies
         self.kept = list(tensors)
 
@@ -48,7 +31,7 @@ class _Operands:
         """(pointer, elements from row to row, and from segment to segment)"""
         if x is None:
             return _NOTHING
-        layout = _layout(x)
+        layout = layout_of(x)
         if layout is None or layout[0] not in (self.run, self.length):
             x = x.contiguous()
             layout = self.length, self.length
