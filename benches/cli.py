@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     others = machine.OtherWork()
     with status.status("measuring this machine's bandwidth and matrix rate"), others:
-        rates = machine.measure(device, {case.dtype for _, case in chosen}, quick=options.quick)
+        pool = machine.Pool(device)
+        rates = machine.measure(pool, {case.dtype for _, case in chosen}, quick=options.quick)
     about = machine.describe(device) | {"other_work": others.processors()}
     report.print_header(console, about, machine.as_dict(rates))
 
@@ -92,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     command=_command(stem, case, options),
                     on_step=step,
                     watch=others,
+                    ceilings=pool if device.type == "cpu" else None,
                 )
                 rows += (found := measure(case, rates, settings))
                 for key, group in report.grouped(found).items():

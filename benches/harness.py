@@ -24,11 +24,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from onepass import registry
 from onepass._ops import forget
 
-from .machine import Rates, name_of, pool_bytes
+from .machine import Ceiling, Pool, Rates, name_of, pool_bytes
 from .timing import Ring, Run, Times, copied, interleaved
 
 PEERS = 8
 COMPILED = "torch.compile"
+CEILING = "the bound"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,7 @@ class Row:
     flops: int = 0
     formula: str = ""
     bound: str = ""  # the measured rate that binds: "memory" or "matmul"
+    ceiling: float | None = None  # seconds that this rate's own loop took in the same rounds, for the case's work
     of_bound: float | None = None  # share of that rate, 1 is all of it; None where the cache serves the memory
     speedup: float | None = None  # over eager: below 1 is a loss
     lead: float | None = None  # over the best of the others
@@ -105,6 +107,7 @@ class Settings:
     seconds: float = 1.0  # of timing for each implementation
     compile_seconds: float = 90.0  # 0 leaves torch.compile out
     pool: int | None = None  # bytes that rotate; by default what the machine's caches ask for
+    ceilings: Pool | None = None  # where the loops of the binding rates take their turn; none: rows against Rates alone
     command: str = "onepass bench"
     on_step: Callable[[str], None] = field(default=lambda text: None)  # progress
     watch: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)  # of the timing alone
@@ -142,9 +145,14 @@ def measure(case: Case, rates: Rates, settings: Settings) -> list[Row]:
     if passed:
         settings.on_step(f"{case.name}: timing {len(passed)} implementations")
         ring = Ring(arguments, settings.pool if settings.pool is not None else pool_bytes(device))
+        if settings.ceilings:
+            passed[CEILING] = ceiling = Ceiling(
+                settings.ceilings, rates, case.reads, case.writes, case.flops, case.dtype
+            )
         with settings.watch:
             times = interleaved(passed, ring, device, settings.seconds)
-        _fill(case, rows, times, rates, ring.cache_resident)
+        limit = times.pop(CEILING).quantile(0.5) * ceiling.scale if settings.ceilings else None
+        _fill(case, rows, times, rates, ring.cache_resident, limit)
     return list(rows.values())
 
 
@@ -154,7 +162,9 @@ def inputs(case: Case, device: torch.device) -> tuple:
     return case.make(device)
 
 
-def _fill(case: Case, rows: dict[str, Row], times: dict[str, Times], rates: Rates, cache_resident: bool) -> None:
+def _fill(
+    case: Case, rows: dict[str, Row], times: dict[str, Times], rates: Rates, cache_resident: bool, limit: float | None
+) -> None:
     bound, seconds = rates.bound(case.reads, case.writes, case.flops, case.dtype)
     medians = {name: t.quantile(0.5) for name, t in times.items()}
     others = [median for name, median in medians.items() if not rows[name].ours]
@@ -162,8 +172,8 @@ def _fill(case: Case, rows: dict[str, Row], times: dict[str, Times], rates: Rate
         row, median = rows[name], medians[name]
         row.median, row.p20, row.p80, row.n, row.host = median, t.quantile(0.2), t.quantile(0.8), len(t.samples), t.host
         row.bytes, row.flops, row.formula = case.reads + case.writes, case.flops, case.formula
-        row.bound, row.cache_resident = bound, cache_resident
-        row.of_bound = None if cache_resident and bound == "memory" else seconds / median
+        row.bound, row.ceiling, row.cache_resident = bound, limit, cache_resident
+        row.of_bound = None if cache_resident and bound == "memory" else (limit or seconds) / median
         row.speedup = medians["eager"] / median if "eager" in medians else None
         row.lead = min(others) / median if others and row.ours else None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import functools
 import importlib.metadata
+import itertools
 import os
 import pathlib
 import platform
@@ -181,11 +182,11 @@ def commit() -> str:
     return f"v{onepass.__version__}"
 
 
-def measure(device: torch.device, dtypes: Iterable[torch.dtype], *, quick: bool = False) -> Rates:
+def measure(pool: Pool, dtypes: Iterable[torch.dtype], *, quick: bool = False) -> Rates:
     """The ceilings, in a few seconds; `quick` makes fewer passes and smaller CPU matrices."""
-    passes = 3 if quick else 9
+    device, passes = pool.device, 3 if quick else 9
     # Many, since one pass is a few milliseconds: on a busy machine most of them are disturbed.
-    read, copy = (_fastest_bandwidth(loops, 5 * passes) for loops in _loops(device))
+    read, copy = (_fastest_bandwidth(loops, device, 5 * passes) for loops in pool.loops())
     full = 8192 if device.type == "cuda" else (1024 if quick else 2048)
 
     def flops(dtype: torch.dtype, side: int, passes: int) -> float:
@@ -222,31 +223,77 @@ def _fastest(run: Callable[[], Any], device: torch.device, passes: int) -> float
     return min(times)
 
 
-Loop = tuple[int, Callable[[], Any], torch.device]  # bytes it moves, itself, where it runs
-
-
-def _fastest_bandwidth(loops: dict[str, Loop], passes: int) -> tuple[str, float]:
-    rates = {name: moved / _fastest(run, device, passes) for name, (moved, run, device) in loops.items()}
+def _fastest_bandwidth(loops: dict[str, Loop], device: torch.device, passes: int) -> tuple[str, float]:
+    size = pool_bytes(device)
+    rates = {name: size / _fastest(functools.partial(loop, 0, size), device, passes) for name, loop in loops.items()}
     winner = max(rates, key=rates.__getitem__)
     return winner, rates[winner]
 
 
-def _loops(device: torch.device) -> tuple[dict[str, Loop], dict[str, Loop]]:
-    """The read loops and the copy loops that compete here, each with the bytes it moves."""
-    size = pool_bytes(device)
-    source = torch.ones(size // 4, device=device)
-    target = torch.zeros_like(source)
-    read: dict[str, Loop] = {"torch.sum": (size, source.sum, device)}
-    copy: dict[str, Loop] = {"torch.copy_": (2 * size, lambda: target.copy_(source), device)}
-    if device.type == "cuda":
+Loop = Callable[[int, int], Any]  # moves `size` bytes from `start` of the pool
+
+
+class Pool:
+    """Memory larger than the caches, and the loops that compete over it: reading it, and copying half of it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.source = torch.ones(pool_bytes(device), dtype=torch.int8, device=device).view(torch.float32)
+        self.target = torch.zeros_like(self.source)
+
+    def loops(self) -> tuple[dict[str, Loop], dict[str, Loop]]:
+        """Those that read and those that copy, the latter `size / 2` bytes read and as many written."""
+        read: dict[str, Loop] = {"torch.sum": lambda start, size: self._of(self.source, start, size).sum()}
+        copy: dict[str, Loop] = {
+            "torch.copy_": lambda start, size: self._of(self.target, start, size // 2).copy_(
+                self._of(self.source, start, size // 2)
+            )
+        }
+        if self.device.type == "cuda":
+            return read, copy
+        threads, a, b = torch.get_num_threads(), self.source.data_ptr(), self.target.data_ptr()
+        if not _native.error:
+            read["onepass"] = lambda start, size: _native._C.read_bytes(a + start, size, threads)
+            copy["onepass"] = lambda start, size: _native._C.copy_bytes(a + start, b + start, size // 2, threads)
+        else:
+            workers = ThreadPoolExecutor(threads)
+            parts = lambda x, start, size: numpy.array_split(self._of(x, start, size).numpy(), threads)
+            read["numpy"] = lambda start, size: list(workers.map(numpy.max, parts(self.source, start, size)))
+            copy["numpy"] = lambda start, size: list(
+                workers.map(numpy.copyto, parts(self.target, start, size // 2), parts(self.source, start, size // 2))
+            )
         return read, copy
-    threads, a, b = torch.get_num_threads(), source.data_ptr(), target.data_ptr()
-    if not _native.error:
-        read["onepass"] = (size, functools.partial(_native._C.read_bytes, a, size, threads), device)
-        copy["onepass"] = (2 * size, functools.partial(_native._C.copy_bytes, a, b, size, threads), device)
-    else:
-        parts = numpy.array_split(source.numpy(), threads), numpy.array_split(target.numpy(), threads)
-        pool = ThreadPoolExecutor(threads)
-        read["numpy"] = (size, lambda: list(pool.map(numpy.max, parts[0])), device)
-        copy["numpy"] = (2 * size, lambda: list(pool.map(numpy.copyto, parts[1], parts[0])), device)
-    return read, copy
+
+    @staticmethod
+    def _of(x: torch.Tensor, start: int, size: int) -> torch.Tensor:
+        return x[start // 4 : (start + size) // 4]
+
+
+class Ceiling:
+    """The rate that binds a case, as one more run in its rounds: what disturbs them disturbs it as well.
+
+    A call reads or copies as many bytes as the case, past the caches, or multiplies matrices; `scale` times its seconds
+    are those of the case's work.
+    """
+
+    def __init__(self, pool: Pool, rates: Rates, reads: int, writes: int, flops: int, dtype: torch.dtype) -> None:
+        bound, _ = rates.bound(reads, writes, flops, dtype)
+        if bound == "matmul":
+            side = 2048 if flops > 1 << 33 else 1024
+            # As `measure` did where the dtype has no product of its own.
+            slow = rates.matmul.get(name_of(dtype)) in (None, rates.matmul["float32"])
+            a, b, c = (torch.ones(side, side, dtype=torch.float32 if slow else dtype) for _ in range(3))
+            self.scale = flops / (2 * side**3)
+            self._call: Callable[[], Any] = functools.partial(torch.mm, a, b, out=c)
+            return
+        total, whole = reads + writes, pool_bytes(pool.device)
+        kind = "read" if writes < 0.1 * total else "copy"
+        loops = dict(zip(("read", "copy"), pool.loops(), strict=True))[kind]
+        loop = loops.get(rates.winners.get(kind, ""), loops["torch.sum" if kind == "read" else "torch.copy_"])
+        size = min(whole, -(-total // 128) * 128)
+        starts = itertools.cycle(range(0, whole - size + 1, size))
+        self.scale = total / size
+        self._call = lambda: loop(next(starts), size)
+
+    def __call__(self, *_: Any) -> None:
+        self._call()

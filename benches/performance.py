@@ -134,14 +134,14 @@ def _table_row(cells: Iterable[str]) -> str:
 def _summary(lines: list[Line]) -> str:
     out = [
         "## Summary", "",
-        "| stem | device | cases | against the best peer | cases that lose | of the predicted rate | date | commit |",
+        "| stem | device | cases | against the best peer | cases that lose | of the binding rate | date | commit |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for stem, device, date, commit in sorted({(x.stem, x.device, x.date, x.commit) for x in lines}):
         mine = [x for x in lines if (x.stem, x.device, x.date, x.commit) == (stem, device, date, commit)]
         ratios = [x.ratio for x in mine if x.ratio is not None]
-        shares = [x.predicted / x.ours.median for x in mine if x.predicted and x.ours and x.ours.median
-                  and not x.ours.cache_resident]
+        shares = [(x.ours.ceiling or x.predicted) / x.ours.median for x in mine if x.predicted and x.ours
+                  and x.ours.median and not x.ours.cache_resident]
         middle = ratio(math.exp(sum(map(math.log, ratios)) / len(ratios))) if ratios else UNMEASURED
         spread = f" ({ratio(min(ratios))} to {ratio(max(ratios))})" if len(ratios) > 1 else ""
         bound = f"{min(shares):.0%} to {max(shares):.0%}" if shares else UNMEASURED if not ratios else "-"

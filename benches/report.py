@@ -102,6 +102,9 @@ def print_case(console: Console, key: Key, rows: list[Row]) -> None:
         notes.append("no kernel takes this call on this device: onepass runs on its reference")
     if any(row.cache_resident for row in rows):
         notes.append("cache-resident: all sets of arguments together fit the last-level cache")
+    if (limit := next((row.ceiling for row in rows if row.of_bound is not None), None)) is not None:
+        work = "the same bytes moved" if rows[0].bound == "memory" else "the same FLOPs in torch.mm"
+        notes.append(f"{work}, in the same rounds: {duration(limit)}")
     for note in notes:
         console.print(Text(f"  {note}", style="dim"), soft_wrap=False)
     console.print(Text(f"  {rows[0].command}", style="dim"))

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from onepass import _native
 from onepass.benches import cli, harness, machine, main, performance, predict, report, timing
@@ -274,6 +276,37 @@ def test_without_results_the_page_lists_every_case_as_unmeasured(tmp_path: Path)
             assert f"| {c.name} | {c.shape} | {machine.name_of(c.dtype)} | NVIDIA H200 |" in section, c.name
         measured = [cells[5:8] for cells in rows.values()][1:]
         assert set(map(tuple, measured)) <= {("unmeasured", "unmeasured", "")}
+
+
+@pytest.fixture(scope="module")
+def pool() -> machine.Pool:
+    return machine.Pool(CPU)
+
+
+@pytest.mark.parametrize(
+    ("work", "bound", "scale"),
+    [
+        ({"reads": 1 << 20, "writes": 0}, "memory", 1),
+        ({"reads": 1 << 20, "writes": 1 << 20}, "memory", 1),
+        ({"reads": 1 << 31, "writes": 0}, "memory", 8),           # more than the pool has: less is read, and scaled
+        ({"reads": 1, "writes": 1, "flops": 1 << 28}, "matmul", 2**-3),
+        ({"reads": 1, "writes": 1, "flops": 1 << 20}, "matmul", 2**-11),
+    ],
+)
+def test_the_binding_rate_takes_its_turn(pool: machine.Pool, work: dict[str, int], bound: str, scale: float) -> None:
+    ceiling = machine.Ceiling(pool, RATES, **{"flops": 0, **work}, dtype=torch.float32)
+    assert ceiling.scale == pytest.approx(scale, rel=0.05)
+    for _ in range(3):
+        ceiling()
+    rows = harness.measure(case(**work), RATES, dataclasses.replace(FAST, ceilings=pool, pool=0))
+    for row in rows:
+        assert row.bound == bound
+        assert row.ceiling is not None and row.ceiling > 0
+        assert row.of_bound == pytest.approx(row.ceiling / row.median)      # the pool of 0 bytes is never in the cache
+    text = io.StringIO()
+    for key, group in report.grouped(rows).items():
+        report.print_case(Console(file=text, width=80), key, group)
+    assert "in the same rounds: " + report.duration(rows[0].ceiling) in text.getvalue()
 
 
 def test_a_measurement_stands_beside_its_prediction(tmp_path: Path) -> None:

@@ -79,10 +79,10 @@ def main(command: str) -> int:
         RECORD.write_text(text)
     else:
         kept = json.loads(RECORD.read_text()) if RECORD.exists() else []
-        differing = sorted({f"{row['stem']} {row['case']}" for row in rows + kept if row not in rows or row not in kept})
+        differing = {f"{row['stem']} {row['case']}" for row in rows + kept if row not in rows or row not in kept}
         if differing:
             print(f"tests/gpuless/{RECORD.name} is old: `make kernel-report` accepts what the benchmarks launch now")
-            print("\n".join(f"  {case}" for case in differing))
+            print("\n".join(f"  {case}" for case in sorted(differing)))
             return 1
     return 0
 
