@@ -35,6 +35,23 @@ void bind_reparam(py::module_& m) {
   });
 }
 
+void bind_latent(py::module_& m) {
+  m.def("latent_forward",
+        [](const Latent& p, Pointer z, Pointer first, Pointer second, Pointer partial, const Place& place) {
+          cuda::latent_forward(p, {at<void>(z), at<float>(first), at<float>(second), at<double>(partial)}, on(place));
+        });
+  m.def("latent_backward", [](const Latent& p, const SegmentsArgument& grad_z, int64_t z_sample, Pointer grad_first,
+                              Pointer grad_second, const SegmentsArgument& mean, const SegmentsArgument& logvar,
+                              const SegmentsArgument& prior_mean, const SegmentsArgument& prior_logvar, Pointer noise,
+                              const Place& place) {
+    cuda::latent_backward(
+        p, {segments_in(grad_z), z_sample, at<const float>(grad_first), at<const float>(grad_second)},
+        {segments_out(mean), segments_out(logvar), segments_out(prior_mean), segments_out(prior_logvar),
+         at<void>(noise)},
+        on(place));
+  });
+}
+
 void bind_denoise(py::module_& m) {
   def_denoise_step<Place>(m, [](const Denoise& p, const Place& place) { return cuda::denoise_step(p, on(place)); });
 }
@@ -73,6 +90,7 @@ void bind_attention(py::module_& m) {
 void bind_cuda(py::module_ m) {
   bind_rng(m);
   bind_reparam(m);
+  bind_latent(m);
   bind_denoise(m);
   bind_volrend(m);
   bind_attention(m);

@@ -77,13 +77,17 @@ def rng_cuda(shape: Any, distribution: str, seed: int, seeds: Tensor | None, str
              offset: int, offsets: Tensor | None, dtype: torch.dtype, device: torch.device) -> str | None:
     if device.type != ("cpu" if _native.emulated else "cuda"):
         return f"device is {device}, the kernel writes device memory"
-    if distribution == "bits":
-        return "the kernel gives no bits yet"
-    return native_cuda(seeds, streams, offsets) or cpu_dtype(dtype)
+    return native_cuda(seeds, streams, offsets) or (None if distribution == "bits" else cpu_dtype(dtype))
 
 
 def reparam_backward_cuda(grad_z: Tensor | None, grad_kl: Tensor | None, mean: Tensor, *args: Any) -> str | None:
     return floats_cuda(mean, *args) or native_cuda(grad_z, grad_kl)
+
+
+def latent_backward_cuda(
+    grad_z: Tensor | None, grad_first: Tensor | None, grad_second: Tensor | None, mean: Tensor, *args: Any
+) -> str | None:
+    return floats_cuda(mean, *args) or native_cuda(grad_z, grad_first, grad_second)
 
 
 def denoise_cpu(sample: Tensor, model_output: Tensor, *args: Any) -> str | None:

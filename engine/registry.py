@@ -123,6 +123,7 @@ _TABLE = [
         "-> (Tensor z, Tensor first, Tensor second)",
         "reparameterize, reparameterize_kl with options, reparameterize_log_weights",
         {
+            "cuda": Impl("onepass._native.latent:forward", supports.floats_cuda, f"{_ANY_STRIDES}; {_BUILT}"),
             "cpu": Impl("onepass._native.latent:forward", supports.floats_cpu, _ANY_STRIDES),
             "reference": _reference("latent:latent_sample"),
         },
@@ -134,6 +135,9 @@ _TABLE = [
         "Tensor grad_logvar, Tensor grad_noise, Tensor grad_prior_mean, Tensor grad_prior_logvar)",
         "their gradients",
         {
+            "cuda": Impl(
+                "onepass._native.latent:backward", supports.latent_backward_cuda, f"{_ANY_STRIDES}; {_BUILT}"
+            ),
             "cpu": Impl("onepass._native.latent:backward", supports.latent_backward_cpu, _ANY_STRIDES),
             "reference": _reference("latent:latent_sample_backward"),
         },

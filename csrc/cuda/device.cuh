@@ -158,6 +158,15 @@ __device__ __forceinline__ Tile tile_at(int64_t index, int64_t length, int64_t t
   return {row, begin, begin + tile < length ? begin + tile : length};
 }
 
+// Of all threads of a group, in every thread.
+template <int THREADS>
+__device__ __forceinline__ float group_sum(float x) {
+  if constexpr (THREADS == WARP)
+    return warp_sum(x);
+  else
+    return block_sum<THREADS>(x);
+}
+
 // Waits for the threads of a group.
 template <int THREADS>
 __device__ __forceinline__ void sync_group() {

@@ -104,7 +104,7 @@ __device__ __forceinline__ void normals(const Key& key, uint64_t block, float* z
   normal_pair(words.w[2], words.w[3], z[2], z[3]);
 }
 
-// Four draws of one block.
+// Four draws of one block; the words themselves where bits are asked for.
 __device__ __forceinline__ void draw(Distribution distribution, const Key& key, uint64_t block, float* x) {
   if (distribution == Distribution::normal) return normals(key, block, x);
   const Words words = philox(key, block);
@@ -112,6 +112,7 @@ __device__ __forceinline__ void draw(Distribution distribution, const Key& key, 
   for (int i = 0; i < 4; ++i) {
     const float u = unit(words.w[i]);
     switch (distribution) {
+      case Distribution::bits: x[i] = __uint_as_float(words.w[i]); break;
       case Distribution::uniform: x[i] = u; break;
       case Distribution::exponential: x[i] = -ln(u); break;
       case Distribution::gumbel: x[i] = -ln(-log1p_neg(u)); break;
@@ -123,6 +124,18 @@ __device__ __forceinline__ void draw(Distribution distribution, const Key& key, 
       }
     }
   }
+}
+
+// Where a run of elements begins in its row of random numbers: `skip` of the first block of four belong to what is
+// before.
+struct NoiseAt {
+  Key key;
+  int64_t first;
+  int skip;
+};
+
+__device__ __forceinline__ NoiseAt noise_from(const Key& key, int64_t start) {
+  return {key, start - start % 4, static_cast<int>(start % 4)};
 }
 
 // The normals of elements i .. i + N - 1 of a row of random numbers; i is a multiple of 4.

@@ -6,18 +6,9 @@
 
 namespace onepass::cuda {
 
-// Where the elements of a tile lie in a row of random numbers: `skip` of the first block of four belong to what is
-// before the tile.
-struct NoiseAt {
-  Key key;
-  int64_t first;
-  int skip;
-};
-
 __device__ __forceinline__ NoiseAt noise_at(const Reparam& p, const Tile& tile) {
   if (p.noise.data) return {{}, 0, 0};
-  const int64_t start = (p.keys_per_row ? 0 : tile.row * p.length) + tile.begin;
-  return {p.keys.at(p.keys_per_row ? tile.row : 0), start - start % 4, static_cast<int>(start % 4)};
+  return noise_from(p.keys.at(p.keys_per_row ? tile.row : 0), (p.keys_per_row ? 0 : tile.row * p.length) + tile.begin);
 }
 
 // Noise of elements i .. of the tile, drawn or given.
@@ -55,10 +46,7 @@ __global__ void __launch_bounds__(THREADS == WARP ? SHORT_BLOCK : BLOCK, 2)
     store(out, i, count, eps);
   }
   if (!kl) return;
-  if constexpr (THREADS == WARP)
-    total = warp_sum(total);
-  else
-    total = block_sum<THREADS>(total);
+  total = group_sum<THREADS>(total);
   if (place_in_group<THREADS>() != 0) return;
   if (partial)
     partial[index] = 0.5 * static_cast<double>(total);

@@ -1,4 +1,4 @@
-"""Posterior samples with options on the CPU."""
+"""Posterior samples with options on the CPU and on CUDA devices."""
 from __future__ import annotations
 
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._ops.latent import half_shape, term_shapes
 from ..reference.latent import TERMS, draws
-from . import _C, DTYPES, layout_of, pointer, random_keys, row_length
+from . import _C, DTYPES, kernels, layout_of, on_device, pointer, random_keys, row_length
 
 _NOTHING = (0, 0, 0)
 
@@ -50,17 +50,21 @@ def _call(
     at: _Operands, mean: Tensor, logvar: Tensor, noise: Tensor | None, keys: tuple[Any, ...],
     prior_mean: Tensor | None, prior_logvar: Tensor | None, chunk_dim: int, clamp_low: float, clamp_high: float,
     samples: int, antithetic: bool, terms: str, beta: float, free_bits: float,
-) -> Any:
+) -> tuple[Any, Any, tuple[Any, ...]]:
+    """The kernels of mean's device, the call as they take it, and what they take after everything else."""
     drawn, step = None, 0
     if noise is not None:
         drawn = noise[0] if samples else noise
         step = noise.stride(0) if samples else 0
     named, per_row = (None, False) if noise is not None else random_keys(*keys)
-    return _C.Latent(
+    native, place = kernels(mean)
+    threads, target = (1, (place,)) if on_device(mean) else (place, ())
+    call = _C.Latent(
         at.rows, at.length // at.run, at.run, DTYPES[mean.dtype], at(mean), at(logvar), at(prior_mean),
         at(prior_logvar), at(drawn), step, named, per_row, clamp_low, clamp_high, max(samples, 1), antithetic,
-        TERMS.index(terms), beta, free_bits, torch.get_num_threads(),
+        TERMS.index(terms), beta, free_bits, threads,
     )
+    return native, call, target
 
 
 def _whole(x: Tensor | None, samples: int) -> Tensor | None:
@@ -90,10 +94,12 @@ def forward(
             planes = 1 if terms == "row" else 2 * max(samples, 1)
             partial = mean.new_empty(planes * at.rows * -(-at.length // _C.LATENT_TILE), dtype=torch.float64)
         keys = seed, seeds, stream, streams, offset, offsets
-        call = _call(at, mean, logvar, noise, keys, prior_mean, prior_logvar, chunk_dim, clamp_low, clamp_high,
-                     samples, antithetic, terms, beta, free_bits)
-        _C.latent_forward(call, z.data_ptr(), pointer(first if first.numel() else None),
-                          pointer(second if second.numel() else None), pointer(partial))
+        native, call, target = _call(
+            at, mean, logvar, noise, keys, prior_mean, prior_logvar, chunk_dim, clamp_low, clamp_high, samples,
+            antithetic, terms, beta, free_bits,
+        )
+        native.latent_forward(call, z.data_ptr(), pointer(first if first.numel() else None),
+                              pointer(second if second.numel() else None), pointer(partial), *target)
     else:
         first.zero_(), second.zero_()
     return z if given is None or given is z else given.copy_(z), first, second
@@ -120,11 +126,13 @@ def backward(
         on_z = grad_z[0] if grad_z is not None and samples else grad_z
         at = _Operands(mean, mean, logvar, prior_mean, prior_logvar, drawn, on_z, result=on_mean)
         keys = seed, seeds, stream, streams, offset, offsets
-        call = _call(at, mean, logvar, noise, keys, prior_mean, prior_logvar, chunk_dim, clamp_low, clamp_high,
-                     samples, antithetic, terms, beta, free_bits)
+        native, call, target = _call(
+            at, mean, logvar, noise, keys, prior_mean, prior_logvar, chunk_dim, clamp_low, clamp_high, samples,
+            antithetic, terms, beta, free_bits,
+        )
         first, second = (None if x is None else x.float().contiguous() for x in (grad_first, grad_second))
         on_pm, on_plv = (at(x if prior_grad else None) for x in grad_prior)
         step = grad_z.stride(0) if grad_z is not None and samples else 0
-        _C.latent_backward(call, at(on_z), step, pointer(first), pointer(second), at(on_mean), at(on_logvar), on_pm,
-                           on_plv, pointer(grad_noise if noise_grad else None))
+        native.latent_backward(call, at(on_z), step, pointer(first), pointer(second), at(on_mean), at(on_logvar),
+                               on_pm, on_plv, pointer(grad_noise if noise_grad else None), *target)
     return grad_mean, grad_logvar, grad_noise, grad_prior[0], grad_prior[1]

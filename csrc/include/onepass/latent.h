@@ -31,7 +31,7 @@ struct Latent {
   float beta, free_bits;
   int num_threads;
 
-  int64_t length() const { return segments * run; }
+  ONEPASS_EVERYWHERE int64_t length() const { return segments * run; }
 };
 
 // Blocks of random numbers between one draw and the next.
@@ -63,5 +63,10 @@ struct LatentKernels {
 };
 
 ONEPASS_KERNELS(LatentKernels, latent)
+
+namespace cuda {
+void latent_forward(const Latent&, const LatentOut&, const Stream&);
+void latent_backward(const Latent&, const LatentGradIn&, const LatentGradOut&, const Stream&);
+}  // namespace cuda
 
 }  // namespace onepass

@@ -1,0 +1,293 @@
+// Posterior samples in one pass, whatever is asked beside them. Bytes: forward reads mean and logvar and writes every
+// sample; backward reads them and the samples' gradients and writes two gradients. Chunks in an inner dim are read and
+// written where they lie; noise is drawn in registers, that of an antithetic pair once.
+#pragma once
+#include "onepass/latent.h"
+#include "random.cuh"
+
+namespace onepass::cuda {
+
+inline constexpr double LN_2PI = 1.8378770664093453;
+
+// A pack a thread of a block: so the rows of a small batch fill a device.
+template <class T>
+inline constexpr int64_t LATENT_SPAN = BLOCK * PACK<T>;
+static_assert(LATENT_SPAN<float> >= LATENT_TILE, "partial sums are allocated by LATENT_TILE");
+
+// Where an element lies in its row.
+struct Spot {
+  int64_t segment, inside;
+};
+
+__device__ __forceinline__ Spot spot_at(const Latent& p, int64_t element) {
+  if (p.segments == 1 || element < 0) return {0, element};
+  const int64_t segment = element / p.run;
+  return {segment, element - segment * p.run};
+}
+
+// Elements i .. i + N - 1 of a tile of `count`, the first of them at `spot`; zeros for those outside.
+template <int N, class T>
+__device__ __forceinline__ void load(const Latent& p, const Segments& x, int64_t row, const Spot& spot, int64_t i,
+                                     int64_t count, float (&to)[N], const T*, int64_t ahead = 0) {
+  const T* from = static_cast<const T*>(x.data) + ahead + row * x.row + spot.segment * x.segment;
+  if (spot.inside + N <= p.run) return load(from + (spot.inside - i), i, count, to);
+  int64_t inside = spot.inside;
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    to[j] = i + j >= 0 && i + j < count ? widen(from[inside]) : 0.0f;
+    if (++inside < p.run) continue;
+    inside = 0;
+    from += x.segment;
+  }
+}
+
+// The same elements, those inside alone.
+template <class T, int N>
+__device__ __forceinline__ void store(const Latent& p, const SegmentsOut& x, int64_t row, const Spot& spot, int64_t i,
+                                      int64_t count, const float (&from)[N]) {
+  T* to = static_cast<T*>(x.data) + row * x.row + spot.segment * x.segment;
+  if (spot.inside + N <= p.run) return store(to + (spot.inside - i), i, count, from);
+  int64_t inside = spot.inside;
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    if (i + j >= 0 && i + j < count) to[inside] = narrow<T>(from[j]);
+    if (++inside < p.run) continue;
+    inside = 0;
+    to += x.segment;
+  }
+}
+
+__device__ __forceinline__ NoiseAt noise_at(const Latent& p, const Tile& tile) {
+  if (p.noise.data) return {{}, 0, 0};
+  return noise_from(p.keys.at(p.keys_per_row ? tile.row : 0),
+                    (p.keys_per_row ? 0 : tile.row * p.length()) + tile.begin);
+}
+
+// Noise of elements i .. of the tile in one of the draws, drawn or given.
+template <class T>
+__device__ __forceinline__ void noise_of(const Latent& p, const NoiseAt& at, int64_t row, const Spot& spot, int64_t i,
+                                         int64_t count, int64_t draw, float (&eps)[PACK<T>]) {
+  if (p.noise.data)
+    return load(p, p.noise, row, spot, i, count, eps, static_cast<const T*>(nullptr), draw * p.noise_draw);
+  Key key = at.key;
+  key.offset += static_cast<uint64_t>(draw) * LATENT_DRAW;
+  normals_at(key, at.first + i + at.skip, eps);
+}
+
+// What an element has. away = mean - prior's, ratio = exp(logvar - prior's).
+template <bool PRIOR>
+struct Element {
+  float mean, logvar, std, away, precision, prior_logvar, ratio;
+  bool free;  // logvar is inside its clamp
+
+  __device__ float kl() const {
+    if constexpr (PRIOR)
+      return 0.5f * fmaf(away * away, precision, (ratio - 1.0f) + (prior_logvar - logvar));
+    else
+      return 0.5f * fmaf(std, std, fmaf(mean, mean, -1.0f - logvar));
+  }
+};
+
+template <class T, bool PRIOR>
+__device__ __forceinline__ void elements_at(const Latent& p, int64_t row, const Spot& spot, int64_t i, int64_t count,
+                                            Element<PRIOR> (&e)[PACK<T>]) {
+  constexpr const T* type = nullptr;
+  float mean[PACK<T>], logvar[PACK<T>], prior_mean[PACK<T>] = {}, prior_logvar[PACK<T>] = {};
+  load(p, p.mean, row, spot, i, count, mean, type);
+  load(p, p.logvar, row, spot, i, count, logvar, type);
+  if constexpr (PRIOR) {
+    load(p, p.prior_mean, row, spot, i, count, prior_mean, type);
+    load(p, p.prior_logvar, row, spot, i, count, prior_logvar, type);
+  }
+#pragma unroll
+  for (int j = 0; j < PACK<T>; ++j) {
+    const float raw = logvar[j], low = p.clamp_low, high = p.clamp_high;
+    e[j].mean = mean[j];
+    e[j].free = raw >= low && raw <= high;
+    e[j].logvar = raw < low ? low : (raw > high ? high : raw);  // keeps NaN
+    e[j].std = expf(0.5f * e[j].logvar);
+    e[j].prior_logvar = prior_logvar[j];
+    e[j].away = mean[j] - prior_mean[j];
+    e[j].precision = PRIOR ? expf(-prior_logvar[j]) : 1.0f;
+    e[j].ratio = PRIOR ? expf(e[j].logvar - prior_logvar[j]) : e[j].std * e[j].std;
+  }
+}
+
+// What a row's sum stands for: its KL, or a log density.
+__device__ __forceinline__ float finished(const Latent& p, double sum) {
+  return static_cast<float>(
+      p.terms == LatentTerms::row ? p.beta * sum : -0.5 * (sum + static_cast<double>(p.length()) * LN_2PI));
+}
+
+// A group's sum: the row's where a tile holds it whole, else one of the partial sums of that plane of rows.
+template <int THREADS>
+__device__ __forceinline__ void put_sum(const Latent& p, float sum, const Tile& tile, int64_t span, double* partial,
+                                        int64_t plane, float* result) {
+  sum = group_sum<THREADS>(sum);
+  if (place_in_group<THREADS>() != 0) return;
+  if (partial)
+    partial[(plane * p.rows + tile.row) * ((p.length() + span - 1) / span) + tile.begin / span] = sum;
+  else
+    *result = finished(p, sum);
+}
+
+template <class T, bool PRIOR, int THREADS>
+__global__ void __launch_bounds__(THREADS == WARP ? SHORT_BLOCK : BLOCK, 2)
+    posterior(int64_t groups, Latent p, LatentOut out) {
+  constexpr int N = PACK<T>;
+  const int64_t index = group_index<THREADS>();
+  if (index >= groups) return;
+  const int64_t length = p.length();
+  const Tile tile = tile_at(index, length, LATENT_SPAN<T>);
+  const int64_t count = tile.end - tile.begin;
+  const NoiseAt at = noise_at(p, tile);
+  const bool weighted = p.terms == LatentTerms::weights;
+  const int64_t sides = p.antithetic ? 2 : 1;
+  for (int64_t draw = 0; draw < p.samples / sides; ++draw) {
+    float kl = 0, first[2] = {}, second[2] = {};
+    for (int64_t i = place_in_group<THREADS>() * N - at.skip; i < count; i += THREADS * N) {
+      const Spot spot = spot_at(p, tile.begin + i);
+      Element<PRIOR> e[N];
+      float eps[N];
+      elements_at<T>(p, tile.row, spot, i, count, e);
+      noise_of<T>(p, at, tile.row, spot, i, count, draw, eps);
+#pragma unroll
+      for (int side = 0; side < 2; ++side) {
+        if (side == sides) break;
+        float z[N];
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          if (side) eps[j] = -eps[j];
+          z[j] = fmaf(e[j].std, eps[j], e[j].mean);
+          if (!weighted || i + j < 0 || i + j >= count) continue;
+          const float from = fmaf(e[j].std, eps[j], e[j].away);
+          first[side] += fmaf(eps[j], eps[j], e[j].logvar);
+          second[side] += fmaf(from * from, e[j].precision, e[j].prior_logvar);
+        }
+        store(static_cast<T*>(out.z) + ((draw * sides + side) * p.rows + tile.row) * length + tile.begin, i, count, z);
+      }
+      if (draw || weighted || p.terms == LatentTerms::none) continue;
+      float own[N];
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const float bare = e[j].kl(), held = bare < p.free_bits ? p.free_bits : bare;  // keeps NaN
+        own[j] = p.beta * held;
+        if (i + j >= 0 && i + j < count) kl += held;
+      }
+      if (p.terms == LatentTerms::element) store(out.first + tile.row * length + tile.begin, i, count, own);
+    }
+    if (p.terms == LatentTerms::row && draw == 0)
+      put_sum<THREADS>(p, kl, tile, LATENT_SPAN<T>, out.partial, 0, out.first + tile.row);
+    if (!weighted) continue;
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      if (side == sides) break;
+      const int64_t sample = draw * sides + side, result = sample * p.rows + tile.row;
+      put_sum<THREADS>(p, first[side], tile, LATENT_SPAN<T>, out.partial, sample, out.first + result);
+      put_sum<THREADS>(p, second[side], tile, LATENT_SPAN<T>, out.partial, p.samples + sample, out.second + result);
+    }
+  }
+}
+
+// The sums of all rows of all planes: a warp each, its lanes' sums in ascending order and then joined.
+__global__ void __launch_bounds__(BLOCK) sum_tiles(Latent p, LatentOut out, int64_t planes, int64_t tiles) {
+  const int64_t sum = group_index<WARP>(), plane = sum / p.rows;
+  if (plane >= planes) return;
+  double total = 0;
+  for (int64_t i = place_in_group<WARP>(); i < tiles; i += WARP) total += out.partial[sum * tiles + i];
+#pragma unroll
+  for (int bit = WARP / 2; bit; bit /= 2) total += __shfl_xor_sync(ALL_LANES, total, bit);
+  if (place_in_group<WARP>() != 0) return;
+  const bool of_second = p.terms == LatentTerms::weights && plane >= p.samples;
+  (of_second ? out.second + (sum - p.samples * p.rows) : out.first + sum)[0] = finished(p, total);
+}
+
+// Sums over the samples, an element each.
+template <int N>
+struct SampleSums {
+  float dz[N] = {}, dz_eps[N] = {}, prior_mean[N] = {}, prior_logvar[N] = {};
+  float logvar = 0;  // of all elements alike
+};
+
+template <class T, bool PRIOR>
+__device__ __forceinline__ void sum_samples(const Latent& p, const LatentGradIn& in, T* grad_noise, const NoiseAt& at,
+                                            const Tile& tile, const Spot& spot, int64_t i,
+                                            const Element<PRIOR> (&e)[PACK<T>], SampleSums<PACK<T>>& sums) {
+  constexpr int N = PACK<T>;
+  const int64_t length = p.length(), count = tile.end - tile.begin, sides = p.antithetic ? 2 : 1;
+  const bool weighted = p.terms == LatentTerms::weights;
+  for (int64_t draw = 0; draw < p.samples / sides; ++draw) {
+    float eps[N], deps[N] = {};
+    noise_of<T>(p, at, tile.row, spot, i, count, draw, eps);
+    for (int64_t side = 0; side < sides; ++side) {
+      const int64_t sample = draw * sides + side;
+      const float on_first = weighted && in.first ? in.first[sample * p.rows + tile.row] : 0.0f;
+      const float on_second = weighted && in.second ? in.second[sample * p.rows + tile.row] : 0.0f;
+      const float sign = side ? -1.0f : 1.0f;
+      float dz[N] = {};
+      if (in.z.data)
+        load(p, in.z, tile.row, spot, i, count, dz, static_cast<const T*>(nullptr), sample * in.z_sample);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const float own = sign * eps[j];
+        if (weighted && in.second) {
+          const float from = fmaf(e[j].std, own, e[j].away), pull = on_second * from * e[j].precision;
+          dz[j] -= pull;
+          sums.prior_mean[j] += pull;
+          sums.prior_logvar[j] = fmaf(0.5f, fmaf(pull, from, -on_second), sums.prior_logvar[j]);
+        }
+        sums.dz[j] += dz[j];
+        sums.dz_eps[j] = fmaf(dz[j], own, sums.dz_eps[j]);
+        deps[j] = fmaf(sign, dz[j] * e[j].std, deps[j]);
+        if (weighted && in.first) deps[j] = fmaf(-on_first, eps[j], deps[j]);
+      }
+      sums.logvar = fmaf(-0.5f, on_first, sums.logvar);
+    }
+    if (grad_noise) store(grad_noise + (draw * p.rows + tile.row) * length + tile.begin, i, count, deps);
+  }
+}
+
+template <class T, bool PRIOR, int THREADS>
+__global__ void __launch_bounds__(THREADS == WARP ? SHORT_BLOCK : BLOCK, 2)
+    posterior_backward(int64_t groups, Latent p, LatentGradIn in, LatentGradOut out) {
+  constexpr int N = PACK<T>;
+  const int64_t index = group_index<THREADS>();
+  if (index >= groups) return;
+  const Tile tile = tile_at(index, p.length(), LATENT_SPAN<T>);
+  const int64_t count = tile.end - tile.begin;
+  const NoiseAt at = noise_at(p, tile);
+  const bool by_element = in.first && p.terms == LatentTerms::element;
+  const bool on_kl = by_element || (in.first && p.terms == LatentTerms::row);
+  const bool on_samples = in.z.data || (p.terms == LatentTerms::weights && (in.first || in.second));
+  for (int64_t i = place_in_group<THREADS>() * N - at.skip; i < count; i += THREADS * N) {
+    const Spot spot = spot_at(p, tile.begin + i);
+    Element<PRIOR> e[N];
+    SampleSums<N> sums;
+    elements_at<T>(p, tile.row, spot, i, count, e);
+    if (on_samples) sum_samples<T>(p, in, static_cast<T*>(out.noise), at, tile, spot, i, e, sums);
+    float dkl[N] = {}, dlv[N];
+    if (by_element) load(in.first + tile.row * p.length() + tile.begin, i, count, dkl);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      dlv[j] = fmaf(0.5f * e[j].std, sums.dz_eps[j], sums.logvar);
+      if (on_kl) {
+        if (!by_element) dkl[j] = in.first[tile.row];
+        const float on = e[j].kl() >= p.free_bits ? p.beta * dkl[j] : 0.0f, slope = on * e[j].away * e[j].precision;
+        sums.dz[j] += slope;
+        sums.prior_mean[j] -= slope;
+        dlv[j] = fmaf(0.5f * on, e[j].ratio - 1.0f, dlv[j]);
+        sums.prior_logvar[j] = fmaf(0.5f * on, 1.0f - e[j].ratio - e[j].away * e[j].away * e[j].precision,
+                                    sums.prior_logvar[j]);
+      }
+      if (!e[j].free) dlv[j] = 0;
+    }
+    store<T>(p, out.mean, tile.row, spot, i, count, sums.dz);
+    store<T>(p, out.logvar, tile.row, spot, i, count, dlv);
+    if constexpr (PRIOR) {
+      if (out.prior_mean.data) store<T>(p, out.prior_mean, tile.row, spot, i, count, sums.prior_mean);
+      if (out.prior_logvar.data) store<T>(p, out.prior_logvar, tile.row, spot, i, count, sums.prior_logvar);
+    }
+  }
+}
+
+}  // namespace onepass::cuda
