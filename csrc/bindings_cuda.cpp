@@ -52,6 +52,16 @@ void bind_latent(py::module_& m) {
   });
 }
 
+void bind_gumbel(py::module_& m) {
+  m.def("gumbel_softmax",
+        [](int64_t groups, int64_t n, int64_t keyed, int dtype, Pointer logits, Pointer grad, const KeysArgument& key,
+           float tau, bool hard, Pointer out, const Place& place) {
+          cuda::gumbel_softmax({groups, n, keyed, static_cast<DType>(dtype), at<const void>(logits),
+                                at<const void>(grad), keys(key), tau, hard, at<void>(out), nullptr, 0},
+                               on(place));
+        });
+}
+
 void bind_denoise(py::module_& m) {
   def_denoise_step<Place>(m, [](const Denoise& p, const Place& place) { return cuda::denoise_step(p, on(place)); });
 }
@@ -91,6 +101,7 @@ void bind_cuda(py::module_ m) {
   bind_rng(m);
   bind_reparam(m);
   bind_latent(m);
+  bind_gumbel(m);
   bind_denoise(m);
   bind_volrend(m);
   bind_attention(m);

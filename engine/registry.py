@@ -147,6 +147,7 @@ _TABLE = [
         f"(Tensor logits, {_KEYS}, float tau, bool hard, *, str? backend=None) -> Tensor",
         "gumbel_softmax",
         {
+            "cuda": Impl("onepass._native.gumbel:forward", supports.floats_cuda, f"{_ANY_STRIDES}; {_BUILT}"),
             "cpu": Impl("onepass._native.gumbel:forward", supports.floats_cpu, _ANY_STRIDES),
             "reference": _reference("gumbel:gumbel_softmax"),
         },
@@ -156,6 +157,7 @@ _TABLE = [
         f"(Tensor grad, Tensor logits, {_KEYS}, float tau, *, str? backend=None) -> Tensor",
         "the gradient of gumbel_softmax",
         {
+            "cuda": Impl("onepass._native.gumbel:backward", supports.floats_cuda, f"{_ANY_STRIDES}; {_BUILT}"),
             "cpu": Impl("onepass._native.gumbel:backward", supports.floats_cpu, _ANY_STRIDES),
             "reference": _reference("gumbel:gumbel_softmax_backward"),
         },

@@ -120,6 +120,12 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int bit = WARP / 2; bit; bit /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, bit));
+  return x;
+}
+
 // Of all threads of the block, in every thread.
 template <int THREADS>
 __device__ __forceinline__ float block_sum(float x) {
@@ -165,6 +171,20 @@ __device__ __forceinline__ float group_sum(float x) {
     return warp_sum(x);
   else
     return block_sum<THREADS>(x);
+}
+
+template <int THREADS>
+__device__ __forceinline__ float group_max(float x) {
+  x = warp_max(x);
+  if constexpr (THREADS > WARP) {
+    __shared__ float of_warps[THREADS / WARP];
+    __syncthreads();  // an earlier call's have been read
+    if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = x;
+    __syncthreads();
+#pragma unroll
+    for (int warp = 0; warp < THREADS / WARP; ++warp) x = fmaxf(x, of_warps[warp]);
+  }
+  return x;
 }
 
 // Waits for the threads of a group.

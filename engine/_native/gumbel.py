@@ -1,10 +1,10 @@
-"""The Gumbel softmax on the CPU."""
+"""The Gumbel softmax on the CPU and on CUDA devices."""
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import _C, DTYPES, random_keys
+from . import _C, DTYPES, kernels, on_device, pointer, random_keys
 
 
 def forward(
@@ -39,7 +39,11 @@ def _run(
     n = logits.shape[-1]
     groups = logits.numel() // n
     keyed = groups // logits.shape[0] if per_row else groups        # groups that share a key and count on
-    threads = min(torch.get_num_threads(), groups)
+    call = (groups, n, keyed, DTYPES[logits.dtype], logits.data_ptr(), pointer(grad), keys, tau, hard, out.data_ptr())
+    native, place = kernels(logits)
+    if on_device(logits):
+        native.gumbel_softmax(*call, place)
+        return
+    threads = min(place, groups)
     scratch = torch.empty(threads * (n + _C.GUMBEL_MARGIN), dtype=torch.float32)
-    _C.gumbel_softmax(groups, n, keyed, DTYPES[logits.dtype], logits.data_ptr(), 0 if grad is None else grad.data_ptr(),
-                      keys, tau, hard, out.data_ptr(), scratch.data_ptr(), threads)
+    native.gumbel_softmax(*call, scratch.data_ptr(), threads)

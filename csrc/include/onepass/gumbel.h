@@ -25,4 +25,8 @@ struct GumbelKernels {
 
 ONEPASS_KERNELS(GumbelKernels, gumbel)
 
+namespace cuda {
+void gumbel_softmax(const GumbelSoftmax&, const Stream&);  // takes no scratch
+}
+
 }  // namespace onepass
