@@ -17,7 +17,7 @@ from onepass.reference.latent import SAMPLE_STEP
 import cases
 from helpers import BACKENDS, ISAS, assert_as_good_as_torch, needs_native, run_python
 
-BACKENDS = [backend for backend in BACKENDS if backend != "cuda"]      # these options have no kernel on devices yet
+
 SEEDS = torch.tensor([5, -1, 2**40])
 SHAPES = ((3, 4, 2, 6), (3, 2, 1100))       # several rows a tile; rows of several tiles, with a tail
 OPTIONS = {

@@ -114,7 +114,8 @@ __device__ __forceinline__ void store(T* p, int64_t i, int64_t count, const floa
 }
 
 // Of all lanes, in every lane, in an order of its own that never changes.
-__device__ __forceinline__ float warp_sum(float x) {
+template <class X>
+__device__ __forceinline__ X warp_sum(X x) {
 #pragma unroll
   for (int bit = WARP / 2; bit; bit /= 2) x += __shfl_xor_sync(ALL_LANES, x, bit);
   return x;
@@ -127,14 +128,14 @@ __device__ __forceinline__ float warp_max(float x) {
 }
 
 // Of all threads of the block, in every thread.
-template <int THREADS>
-__device__ __forceinline__ float block_sum(float x) {
-  __shared__ float partial[THREADS / WARP];
+template <int THREADS, class X>
+__device__ __forceinline__ X block_sum(X x) {
+  __shared__ X partial[THREADS / WARP];
   x = warp_sum(x);
   __syncthreads();  // an earlier call's sums have been read
   if (threadIdx.x % WARP == 0) partial[threadIdx.x / WARP] = x;
   __syncthreads();
-  float total = 0;
+  X total = 0;
 #pragma unroll
   for (int warp = 0; warp < THREADS / WARP; ++warp) total += partial[warp];
   return total;
@@ -165,8 +166,8 @@ __device__ __forceinline__ Tile tile_at(int64_t index, int64_t length, int64_t t
 }
 
 // Of all threads of a group, in every thread.
-template <int THREADS>
-__device__ __forceinline__ float group_sum(float x) {
+template <int THREADS, class X>
+__device__ __forceinline__ X group_sum(X x) {
   if constexpr (THREADS == WARP)
     return warp_sum(x);
   else

@@ -69,13 +69,17 @@ __device__ __forceinline__ Choice best_of_group(Choice own) {
   return own;
 }
 
-// What a row gives. weights(i, e, grad): exp(y - largest y) of a pack, and its gradient in backward; `total` is the sum
-// of e, `dot` that of e grad.
+// What a row gives. weights(i, e, grad): exp(y - largest y) of a pack, and its gradient in backward; `total` is a
+// thread's sum of e, `dot` that of e grad. They are joined in double and their quotient kept in two floats: where one e
+// is almost all, its grad - dot / total cancels.
 template <class T, int THREADS, class Weights>
 __device__ __forceinline__ void put_row(const GumbelSoftmax& p, const GumbelRow<T>& row, float total, float dot,
                                         Weights&& weights) {
   constexpr int N = PACK<T>;
-  const float factor = 1.0f / total, mean = dot * factor;
+  const double sum = group_sum<THREADS>(static_cast<double>(total));
+  const double quotient = row.grad ? group_sum<THREADS>(static_cast<double>(dot)) / sum : 0.0;
+  const float factor = static_cast<float>(1.0 / sum), mean = static_cast<float>(quotient);
+  const float rest = static_cast<float>(quotient - mean);
   Choice own{-INFINITY, INT64_MAX};
   sweep<T, THREADS>(p, row, [&](int64_t i) {
     float x[N], grad[N] = {};
@@ -83,7 +87,7 @@ __device__ __forceinline__ void put_row(const GumbelSoftmax& p, const GumbelRow<
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       x[j] *= factor;
-      if (row.grad) x[j] = x[j] * (grad[j] - mean) / p.tau;
+      if (row.grad) x[j] = x[j] * (grad[j] - mean - rest) / p.tau;
       if (!p.hard) continue;
       if (i + j >= 0 && i + j < p.n) own = better(own, {x[j], i + j});
       x[j] = 0;
@@ -147,8 +151,6 @@ __global__ void __launch_bounds__(THREADS == WARP ? SHORT_BLOCK : THREADS)
     }
     keep(kept + i, e);
   });
-  total = group_sum<THREADS>(total);
-  if (row.grad) dot = group_sum<THREADS>(dot);
   put_row<T, THREADS>(p, row, total, dot, [&](int64_t i, float(&e)[N], float(&grad)[N]) {
     recall(kept + i, e);
     if (row.grad) recall(kept_grad + i, grad);
@@ -180,9 +182,7 @@ __global__ void __launch_bounds__(WIDE_BLOCK) gumbel_again(GumbelSoftmax p) {
     most = larger;
   });
   const float top = group_max<WIDE_BLOCK>(most), shrink = expf(most - top);
-  total = group_sum<WIDE_BLOCK>(total * shrink);
-  if (row.grad) dot = group_sum<WIDE_BLOCK>(dot * shrink);
-  put_row<T, WIDE_BLOCK>(p, row, total, dot, [&](int64_t i, float(&e)[N], float(&grad)[N]) {
+  put_row<T, WIDE_BLOCK>(p, row, total * shrink, dot * shrink, [&](int64_t i, float(&e)[N], float(&grad)[N]) {
     noisy(p, row, i, e);
     if (row.grad) load(row.grad, i, p.n, grad);
 #pragma unroll

@@ -195,8 +195,7 @@ __global__ void __launch_bounds__(BLOCK) sum_tiles(Latent p, LatentOut out, int6
   if (plane >= planes) return;
   double total = 0;
   for (int64_t i = place_in_group<WARP>(); i < tiles; i += WARP) total += out.partial[sum * tiles + i];
-#pragma unroll
-  for (int bit = WARP / 2; bit; bit /= 2) total += __shfl_xor_sync(ALL_LANES, total, bit);
+  total = warp_sum(total);
   if (place_in_group<WARP>() != 0) return;
   const bool of_second = p.terms == LatentTerms::weights && plane >= p.samples;
   (of_second ? out.second + (sum - p.samples * p.rows) : out.first + sum)[0] = finished(p, total);
