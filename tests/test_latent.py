@@ -15,9 +15,17 @@ from onepass import rng
 from onepass.reference.latent import SAMPLE_STEP
 
 import cases
-from helpers import BACKENDS, ISAS, assert_as_good_as_torch, needs_native, run_python
+from helpers import (  # noqa: F401
+    BACKENDS,
+    CUDA,
+    ISAS,
+    assert_as_good_as_torch,
+    needs_native,
+    on_its_device,
+    run_python,
+)
 
-
+BACKENDS = [*BACKENDS, *CUDA]
 SEEDS = torch.tensor([5, -1, 2**40])
 SHAPES = ((3, 4, 2, 6), (3, 2, 1100))       # several rows a tile; rows of several tiles, with a tail
 OPTIONS = {
@@ -64,11 +72,16 @@ ROWS = all_pairs(OPTIONS, allowed)
 LEAVES = ("mean", "logvar", "noise", "prior_mean", "prior_logvar")
 
 
+def randn(shape, generator):
+    """On the test's device; the numbers are the same on each."""
+    return torch.randn(shape, generator=generator, device="cpu").to(torch.get_default_device())
+
+
 def operands(row):
     """float64 leaves that the dtype represents exactly, and the noise that the call draws or is given."""
     g = torch.Generator().manual_seed(1)
     shape = row["shape"]
-    make = lambda size, scale=1.0: (scale * torch.randn(size, generator=g)).to(row["dtype"]).double()
+    make = lambda size, scale=1.0: (scale * randn(size, g)).to(row["dtype"]).double()
     leaves = {"mean": make(shape), "logvar": make(shape, 0.7)}
     if row["prior"]:
         prior = shape if row["prior"] == "own" else shape[1:] if len(shape) == 4 else (shape[1], 1)
@@ -78,8 +91,10 @@ def operands(row):
         leaves["noise"] = make((count, *shape) if row["samples"] else shape)
         return leaves, None
     key = {"seed": SEEDS if row["noise"] == "seeds" else 11, "stream": (1 << 56) + 3, "dtype": torch.float32}
-    drawn = [rng.normal(shape, **key, offset=2 + i * SAMPLE_STEP, backend="reference") for i in range(count)]
-    return leaves, torch.stack(drawn).double()
+    drawn = [
+        rng.normal(shape, **key, offset=2 + i * SAMPLE_STEP, device="cpu", backend="reference") for i in range(count)
+    ]
+    return leaves, torch.stack(drawn).double().to(torch.get_default_device())
 
 
 def expected(row, leaves, drawn, dtype):
@@ -131,7 +146,7 @@ def call(row, leaves, backend):
     options |= {
         "given": {"noise": leaves.get("noise")},
         "seed": {"seed": 11, "stream": 3, "offset": 2},
-        "seeds": {"seed": SEEDS, "stream": 3, "offset": 2},
+        "seeds": {"seed": SEEDS.to(torch.get_default_device()), "stream": 3, "offset": 2},
         "generator": {"generator": rng.Generator(11, 2), "stream": 1, "offset": 2},
     }[row["noise"]]
     if row["result"] == "weights":
@@ -157,7 +172,7 @@ def test_every_pair_of_options(row, backend):
         own = {name: leaves[name].to(dtype).requires_grad_() for name in names}
         outputs = function(own)
         g = torch.Generator().manual_seed(2)
-        grads = [torch.randn(x.shape, generator=g).to(x.dtype) for x in outputs]
+        grads = [randn(x.shape, g).to(x.dtype) for x in outputs]
         return outputs, torch.autograd.grad(outputs, list(own.values()), grads, allow_unused=True)
 
     if row["free_bits"] == "row":
@@ -209,7 +224,7 @@ def test_the_clamp_passes_gradient_at_its_bounds_as_torchs_does(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_samples_are_calls_further_on_and_pairs_are_mirrored(backend):
     g = torch.Generator().manual_seed(3)
-    mean, logvar = torch.randn(2, 3, 5, 7, generator=g)
+    mean, logvar = randn((2, 3, 5, 7), g)
     for key in ({"seed": 9, "offset": 4}, {"seed": torch.arange(3)}):
         z = onepass.reparameterize(mean, logvar, samples=4, **key, backend=backend)
         assert torch.equal(onepass.reparameterize(mean, logvar, samples=2, **key, backend=backend), z[:2])
@@ -257,7 +272,7 @@ def test_rows_do_not_depend_on_the_batch_or_the_threads(backend):
     threads = torch.get_num_threads()
     for shape in ((5, 6, 7), (40, 2, 3), (3, 2, 2500)):
         g = torch.Generator().manual_seed(4)
-        parameters, seeds = torch.randn(shape, generator=g), torch.arange(shape[0]) + 2**35
+        parameters, seeds = randn(shape, g), torch.arange(shape[0]) + 2**35
         run = lambda x, s: onepass.reparameterize_log_weights(x, samples=3, seed=s, backend=backend)
         whole = run(parameters, seeds)
         try:
@@ -284,7 +299,7 @@ def test_zero_sizes_and_scalars(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_out_and_strides(backend):
     g = torch.Generator().manual_seed(5)
-    base = torch.randn(3, 9, 5, 8, generator=g)
+    base = randn((3, 9, 5, 8), g)
     parameters = base.permute(0, 3, 2, 1)                              # no dim where its neighbours expect it
     out = torch.full((2, 3, 4, 5, 9), math.nan).transpose(0, 1).contiguous().transpose(0, 1)
     got = onepass.reparameterize(parameters, samples=2, seed=3, out=out, backend=backend)
@@ -327,9 +342,9 @@ def test_every_instruction_set(isa):
 @pytest.mark.parametrize("terms", ["none", "row", "element", "weights"])
 def test_library_op(terms, backend):
     g = torch.Generator().manual_seed(0)
-    parameters = torch.randn(3, 4, 2, generator=g).requires_grad_()
-    prior = [torch.randn(3, 2, 2, generator=g).requires_grad_() for _ in range(2)]
-    noise = torch.randn(2, 3, 2, 2, generator=g).requires_grad_()
+    parameters = randn((3, 4, 2), g).requires_grad_()
+    prior = [randn((3, 2, 2), g).requires_grad_() for _ in range(2)]
+    noise = randn((2, 3, 2, 2), g).requires_grad_()
     for given in (noise, None):
         args = (parameters, None, given, 3, None, 2, None, 0, None, *prior, 1, -1.0, 1.0, 4, True, terms, 0.5, 0.1)
         torch.library.opcheck(torch.ops.onepass.latent_sample.default, args, {"backend": backend})
@@ -372,7 +387,7 @@ def test_compiles_and_vmaps():
      "free_bits_of='row'"),
     ("reparameterize_kl", {"free_bits": 1.0, "free_bits_of": "batch"}, ValueError, "expected one of element, row"),
     ("reparameterize_kl", {"backend": "triton"}, ValueError, "latent_sample has no triton kernel yet"),
-    ("reparameterize_kl", {"backend": "cuda"}, ValueError, "latent_sample has no cuda kernel yet"),
+    ("reparameterize_kl", {"backend": "cuda"}, ValueError, "a tensor is on cpu, the kernel reads device memory"),
 ])
 def test_bad_input(function, change, error, text):
     with pytest.raises(error, match=text):

@@ -12,7 +12,7 @@ import onepass
 from onepass import rng
 from onepass.reference import rng as reference
 
-from helpers import ALL_BACKENDS, BACKENDS, INTERPRETED, ISAS, KERNELS, device_of, needs_native, run_python
+from helpers import ALL_BACKENDS, BACKENDS, CUDA, INTERPRETED, ISAS, KERNELS, device_of, needs_native, run_python
 
 FUNCTIONS = {name: getattr(rng, name) for name in reference.DISTRIBUTIONS}
 
@@ -31,13 +31,12 @@ def test_philox_known_answers(counter, key, expected):
     assert tuple(int(x) for x in reference.philox(tensors(counter), tensors(key))) == expected
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, *CUDA])
 @KNOWN_ANSWERS
 def test_bits_are_the_known_answers(counter, key, expected, backend):
-    if backend == "cuda":
-        pytest.skip("no bits there yet")
     number = lambda low, high: low | high << 32
-    drawn = rng.bits((4,), seed=number(*key), stream=number(*counter[2:]), offset=number(*counter[:2]), backend=backend)
+    drawn = rng.bits((4,), seed=number(*key), stream=number(*counter[2:]), offset=number(*counter[:2]),
+                     device=device_of(backend), backend=backend)
     assert drawn.dtype == torch.int32 and tuple(x & 0xFFFFFFFF for x in drawn.tolist()) == expected
 
 

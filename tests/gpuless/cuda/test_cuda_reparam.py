@@ -27,6 +27,20 @@ def test_random_numbers_have_the_references_bits(name, dtype, device):
             assert torch.equal(got.cpu(), draw(shape, **key, dtype=dtype, backend="reference")), (shape, key)
 
 
+def test_bits_are_the_words_themselves(device):
+    """Those too that are a NaN where they pass through float registers."""
+    for shape in cases.SHAPES:
+        for seed in (-1, torch.arange(shape[0]) * 2**33 - 1):
+            there = seed.to(device) if isinstance(seed, torch.Tensor) else seed
+            got = onepass.rng.bits(shape, seed=there, stream=5, offset=2**32 - 2, device=device, backend="cuda")
+            want = onepass.rng.bits(shape, seed=seed, stream=5, offset=2**32 - 2, backend="reference")
+            assert got.dtype == torch.int32 and torch.equal(got.cpu(), want)
+    many = onepass.rng.bits((1, 2**16), seed=3, device=device, backend="cuda")
+    floats = many.view(torch.float32)
+    assert (floats.isnan() & (many & 0x400000 == 0)).any(), "no signalling NaN among the words"
+    assert torch.equal(many.cpu(), onepass.rng.bits((1, 2**16), seed=3, backend="reference"))
+
+
 @pytest.mark.parametrize("dtype", cases.FLOATS)
 @pytest.mark.parametrize("shape", cases.SHAPES)
 def test_values_and_gradients(shape, dtype, device):
