@@ -44,22 +44,20 @@ void bind_latent(py::module_& m) {
                               Pointer grad_second, const SegmentsArgument& mean, const SegmentsArgument& logvar,
                               const SegmentsArgument& prior_mean, const SegmentsArgument& prior_logvar, Pointer noise,
                               const Place& place) {
-    cuda::latent_backward(
-        p, {segments_in(grad_z), z_sample, at<const float>(grad_first), at<const float>(grad_second)},
-        {segments_out(mean), segments_out(logvar), segments_out(prior_mean), segments_out(prior_logvar),
-         at<void>(noise)},
-        on(place));
+    cuda::latent_backward(p, {segments_in(grad_z), z_sample, at<const float>(grad_first), at<const float>(grad_second)},
+                          {segments_out(mean), segments_out(logvar), segments_out(prior_mean),
+                           segments_out(prior_logvar), at<void>(noise)},
+                          on(place));
   });
 }
 
 void bind_gumbel(py::module_& m) {
-  m.def("gumbel_softmax",
-        [](int64_t groups, int64_t n, int64_t keyed, int dtype, Pointer logits, Pointer grad, const KeysArgument& key,
-           float tau, bool hard, Pointer out, const Place& place) {
-          cuda::gumbel_softmax({groups, n, keyed, static_cast<DType>(dtype), at<const void>(logits),
-                                at<const void>(grad), keys(key), tau, hard, at<void>(out), nullptr, 0},
-                               on(place));
-        });
+  m.def("gumbel_softmax", [](int64_t groups, int64_t n, int64_t keyed, int dtype, Pointer logits, Pointer grad,
+                             const KeysArgument& key, float tau, bool hard, Pointer out, const Place& place) {
+    cuda::gumbel_softmax({groups, n, keyed, static_cast<DType>(dtype), at<const void>(logits), at<const void>(grad),
+                          keys(key), tau, hard, at<void>(out), nullptr, 0},
+                         on(place));
+  });
 }
 
 void bind_denoise(py::module_& m) {

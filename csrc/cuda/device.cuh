@@ -88,12 +88,27 @@ __device__ __forceinline__ uint4 packed(const float* x, const T* type) {
 
 ONEPASS_EVERYWHERE inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// Elements i .. i + N - 1 of p, N a multiple of PACK; zeros for those outside [0, count).
+// Whether N elements, half a pack or whole ones, are read and written in wide pieces there.
+template <int N, class T>
+__device__ __forceinline__ bool aligned_wide(const T* p) {
+  static_assert(N % PACK<T> == 0 || 2 * N == PACK<T>);
+  return reinterpret_cast<uintptr_t>(p) % (N < PACK<T> ? 8 : 16) == 0;
+}
+
+// Elements i .. i + N - 1 of p; zeros for those outside [0, count).
 template <int N, class T>
 __device__ __forceinline__ void load(const T* p, int64_t i, int64_t count, float (&x)[N]) {
-  if (i >= 0 && i + N <= count && aligned16(p + i)) {
+  if (i >= 0 && i + N <= count && aligned_wide<N>(p + i)) {
+    if constexpr (N < PACK<T>) {
+      const uint2 raw = load8(p + i);
+      float whole[PACK<T>];
+      unpack(make_uint4(raw.x, raw.y, 0, 0), whole, p);
 #pragma unroll
-    for (int j = 0; j < N; j += PACK<T>) unpack(load16(p + i + j), x + j, p);
+      for (int j = 0; j < N; ++j) x[j] = whole[j];
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; j += PACK<T>) unpack(load16(p + i + j), x + j, p);
+    }
     return;
   }
 #pragma unroll
@@ -103,9 +118,13 @@ __device__ __forceinline__ void load(const T* p, int64_t i, int64_t count, float
 // The same elements, those inside alone.
 template <int N, class T>
 __device__ __forceinline__ void store(T* p, int64_t i, int64_t count, const float (&x)[N]) {
-  if (i >= 0 && i + N <= count && aligned16(p + i)) {
+  if (i >= 0 && i + N <= count && aligned_wide<N>(p + i)) {
+    if constexpr (N < PACK<T>) {
+      store8(p + i, make_uint2(pair(x[0], x[1], p), pair(x[2], x[3], p)));
+    } else {
 #pragma unroll
-    for (int j = 0; j < N; j += PACK<T>) store16(p + i + j, packed(x + j, p));
+      for (int j = 0; j < N; j += PACK<T>) store16(p + i + j, packed(x + j, p));
+    }
     return;
   }
 #pragma unroll

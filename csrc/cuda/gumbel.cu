@@ -10,7 +10,7 @@ constexpr int64_t WIDE_ROW = 4096;        // elements from which a row takes a w
 
 template <class T>
 void softmax(const GumbelSoftmax& p, const Stream& stream) {
-  const int64_t slots = (p.n + 3 + PACK<T> - 1) / PACK<T> * PACK<T>;  // a row begins up to 3 elements inside a block
+  const int64_t slots = (p.n + 3 + UNIT - 1) / UNIT * UNIT;  // a row begins up to 3 elements inside a block
   const int64_t kept = static_cast<int64_t>(sizeof(float)) * slots * (p.grad ? 2 : 1), warps = SHORT_BLOCK / WARP;
   const auto bytes = static_cast<size_t>(kept);
   if (p.n <= SHORT_ROW)

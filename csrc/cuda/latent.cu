@@ -24,14 +24,12 @@ void latent_forward(const Latent& p, const LatentOut& out, const Stream& stream)
   with_operands(p, [&](auto t, auto prior) {
     using T = decltype(t);
     constexpr bool PRIOR = decltype(prior)::value;
-    const int64_t tiles = (p.length() + LATENT_SPAN<T> - 1) / LATENT_SPAN<T>;
-    LatentOut to = out;
-    if (tiles == 1) to.partial = nullptr;
-    launch_tiles(stream, p.rows, p.length(), LATENT_SPAN<T>, posterior<T, PRIOR, WARP>, posterior<T, PRIOR, BLOCK>, p,
-                 to);
-    if (!to.partial) return;
+    const int64_t tiles = (p.length() + LATENT_TILE - 1) / LATENT_TILE;
+    launch_tiles(stream, p.rows, p.length(), LATENT_TILE, posterior<T, PRIOR, WARP>, posterior<T, PRIOR, BLOCK>, p,
+                 out);
+    if (!out.partial) return;
     const int64_t planes = p.terms == LatentTerms::row ? 1 : 2 * p.samples, warps = BLOCK / WARP;
-    launch(stream, grid_size((planes * p.rows + warps - 1) / warps), BLOCK, 0, sum_tiles, p, to, planes, tiles);
+    launch(stream, grid_size((planes * p.rows + warps - 1) / warps), BLOCK, 0, sum_tiles, p, out, planes, tiles);
   });
 }
 
@@ -39,7 +37,7 @@ void latent_backward(const Latent& p, const LatentGradIn& in, const LatentGradOu
   with_operands(p, [&](auto t, auto prior) {
     using T = decltype(t);
     constexpr bool PRIOR = decltype(prior)::value;
-    launch_tiles(stream, p.rows, p.length(), LATENT_SPAN<T>, posterior_backward<T, PRIOR, WARP>,
+    launch_tiles(stream, p.rows, p.length(), LATENT_TILE, posterior_backward<T, PRIOR, WARP>,
                  posterior_backward<T, PRIOR, BLOCK>, p, in, out);
   });
 }

@@ -9,10 +9,10 @@ namespace onepass::cuda {
 
 inline constexpr double LN_2PI = 1.8378770664093453;
 
-// A pack a thread of a block: so the rows of a small batch fill a device.
-template <class T>
-inline constexpr int64_t LATENT_SPAN = BLOCK * PACK<T>;
-static_assert(LATENT_SPAN<float> >= LATENT_TILE, "partial sums are allocated by LATENT_TILE");
+// A thread takes as many elements as a block of random numbers has, once a tile: so the rows of a small batch fill a
+// device, and the sums over samples stay in registers.
+inline constexpr int UNIT = NUMBERS;
+static_assert(BLOCK * UNIT == LATENT_TILE);
 
 // Where an element lies in its row.
 struct Spot {
@@ -25,15 +25,15 @@ __device__ __forceinline__ Spot spot_at(const Latent& p, int64_t element) {
   return {segment, element - segment * p.run};
 }
 
-// Elements i .. i + N - 1 of a tile of `count`, the first of them at `spot`; zeros for those outside.
-template <int N, class T>
+// Elements i .. i + UNIT - 1 of a tile of `count`, the first of them at `spot`; zeros for those outside.
+template <class T>
 __device__ __forceinline__ void load(const Latent& p, const Segments& x, int64_t row, const Spot& spot, int64_t i,
-                                     int64_t count, float (&to)[N], const T*, int64_t ahead = 0) {
+                                     int64_t count, float (&to)[UNIT], const T*, int64_t ahead = 0) {
   const T* from = static_cast<const T*>(x.data) + ahead + row * x.row + spot.segment * x.segment;
-  if (spot.inside + N <= p.run) return load(from + (spot.inside - i), i, count, to);
+  if (spot.inside + UNIT <= p.run) return load(from + (spot.inside - i), i, count, to);
   int64_t inside = spot.inside;
 #pragma unroll
-  for (int j = 0; j < N; ++j) {
+  for (int j = 0; j < UNIT; ++j) {
     to[j] = i + j >= 0 && i + j < count ? widen(from[inside]) : 0.0f;
     if (++inside < p.run) continue;
     inside = 0;
@@ -42,14 +42,14 @@ __device__ __forceinline__ void load(const Latent& p, const Segments& x, int64_t
 }
 
 // The same elements, those inside alone.
-template <class T, int N>
+template <class T>
 __device__ __forceinline__ void store(const Latent& p, const SegmentsOut& x, int64_t row, const Spot& spot, int64_t i,
-                                      int64_t count, const float (&from)[N]) {
+                                      int64_t count, const float (&from)[UNIT]) {
   T* to = static_cast<T*>(x.data) + row * x.row + spot.segment * x.segment;
-  if (spot.inside + N <= p.run) return store(to + (spot.inside - i), i, count, from);
+  if (spot.inside + UNIT <= p.run) return store(to + (spot.inside - i), i, count, from);
   int64_t inside = spot.inside;
 #pragma unroll
-  for (int j = 0; j < N; ++j) {
+  for (int j = 0; j < UNIT; ++j) {
     if (i + j >= 0 && i + j < count) to[inside] = narrow<T>(from[j]);
     if (++inside < p.run) continue;
     inside = 0;
@@ -66,7 +66,7 @@ __device__ __forceinline__ NoiseAt noise_at(const Latent& p, const Tile& tile) {
 // Noise of elements i .. of the tile in one of the draws, drawn or given.
 template <class T>
 __device__ __forceinline__ void noise_of(const Latent& p, const NoiseAt& at, int64_t row, const Spot& spot, int64_t i,
-                                         int64_t count, int64_t draw, float (&eps)[PACK<T>]) {
+                                         int64_t count, int64_t draw, float (&eps)[UNIT]) {
   if (p.noise.data)
     return load(p, p.noise, row, spot, i, count, eps, static_cast<const T*>(nullptr), draw * p.noise_draw);
   Key key = at.key;
@@ -90,9 +90,9 @@ struct Element {
 
 template <class T, bool PRIOR>
 __device__ __forceinline__ void elements_at(const Latent& p, int64_t row, const Spot& spot, int64_t i, int64_t count,
-                                            Element<PRIOR> (&e)[PACK<T>]) {
+                                            Element<PRIOR> (&e)[UNIT]) {
   constexpr const T* type = nullptr;
-  float mean[PACK<T>], logvar[PACK<T>], prior_mean[PACK<T>] = {}, prior_logvar[PACK<T>] = {};
+  float mean[UNIT], logvar[UNIT], prior_mean[UNIT] = {}, prior_logvar[UNIT] = {};
   load(p, p.mean, row, spot, i, count, mean, type);
   load(p, p.logvar, row, spot, i, count, logvar, type);
   if constexpr (PRIOR) {
@@ -100,7 +100,7 @@ __device__ __forceinline__ void elements_at(const Latent& p, int64_t row, const 
     load(p, p.prior_logvar, row, spot, i, count, prior_logvar, type);
   }
 #pragma unroll
-  for (int j = 0; j < PACK<T>; ++j) {
+  for (int j = 0; j < UNIT; ++j) {
     const float raw = logvar[j], low = p.clamp_low, high = p.clamp_high;
     e[j].mean = mean[j];
     e[j].free = raw >= low && raw <= high;
@@ -115,18 +115,19 @@ __device__ __forceinline__ void elements_at(const Latent& p, int64_t row, const 
 
 // What a row's sum stands for: its KL, or a log density.
 __device__ __forceinline__ float finished(const Latent& p, double sum) {
-  return static_cast<float>(
-      p.terms == LatentTerms::row ? p.beta * sum : -0.5 * (sum + static_cast<double>(p.length()) * LN_2PI));
+  return static_cast<float>(p.terms == LatentTerms::row ? p.beta * sum
+                                                        : -0.5 * (sum + static_cast<double>(p.length()) * LN_2PI));
 }
 
 // A group's sum: the row's where a tile holds it whole, else one of the partial sums of that plane of rows.
 template <int THREADS>
-__device__ __forceinline__ void put_sum(const Latent& p, float sum, const Tile& tile, int64_t span, double* partial,
-                                        int64_t plane, float* result) {
+__device__ __forceinline__ void put_sum(const Latent& p, float sum, const Tile& tile, double* partial, int64_t plane,
+                                        float* result) {
   sum = group_sum<THREADS>(sum);
   if (place_in_group<THREADS>() != 0) return;
   if (partial)
-    partial[(plane * p.rows + tile.row) * ((p.length() + span - 1) / span) + tile.begin / span] = sum;
+    partial[(plane * p.rows + tile.row) * ((p.length() + LATENT_TILE - 1) / LATENT_TILE) + tile.begin / LATENT_TILE] =
+        sum;
   else
     *result = finished(p, sum);
 }
@@ -134,29 +135,28 @@ __device__ __forceinline__ void put_sum(const Latent& p, float sum, const Tile& 
 template <class T, bool PRIOR, int THREADS>
 __global__ void __launch_bounds__(THREADS == WARP ? SHORT_BLOCK : BLOCK, 2)
     posterior(int64_t groups, Latent p, LatentOut out) {
-  constexpr int N = PACK<T>;
   const int64_t index = group_index<THREADS>();
   if (index >= groups) return;
   const int64_t length = p.length();
-  const Tile tile = tile_at(index, length, LATENT_SPAN<T>);
+  const Tile tile = tile_at(index, length, LATENT_TILE);
   const int64_t count = tile.end - tile.begin;
   const NoiseAt at = noise_at(p, tile);
   const bool weighted = p.terms == LatentTerms::weights;
   const int64_t sides = p.antithetic ? 2 : 1;
   for (int64_t draw = 0; draw < p.samples / sides; ++draw) {
     float kl = 0, first[2] = {}, second[2] = {};
-    for (int64_t i = place_in_group<THREADS>() * N - at.skip; i < count; i += THREADS * N) {
+    for (int64_t i = place_in_group<THREADS>() * UNIT - at.skip; i < count; i += THREADS * UNIT) {
       const Spot spot = spot_at(p, tile.begin + i);
-      Element<PRIOR> e[N];
-      float eps[N];
+      Element<PRIOR> e[UNIT];
+      float eps[UNIT];
       elements_at<T>(p, tile.row, spot, i, count, e);
       noise_of<T>(p, at, tile.row, spot, i, count, draw, eps);
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
         if (side == sides) break;
-        float z[N];
+        float z[UNIT];
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
+        for (int j = 0; j < UNIT; ++j) {
           if (side) eps[j] = -eps[j];
           z[j] = fmaf(e[j].std, eps[j], e[j].mean);
           if (!weighted || i + j < 0 || i + j >= count) continue;
@@ -167,24 +167,23 @@ __global__ void __launch_bounds__(THREADS == WARP ? SHORT_BLOCK : BLOCK, 2)
         store(static_cast<T*>(out.z) + ((draw * sides + side) * p.rows + tile.row) * length + tile.begin, i, count, z);
       }
       if (draw || weighted || p.terms == LatentTerms::none) continue;
-      float own[N];
+      float own[UNIT];
 #pragma unroll
-      for (int j = 0; j < N; ++j) {
+      for (int j = 0; j < UNIT; ++j) {
         const float bare = e[j].kl(), held = bare < p.free_bits ? p.free_bits : bare;  // keeps NaN
         own[j] = p.beta * held;
         if (i + j >= 0 && i + j < count) kl += held;
       }
       if (p.terms == LatentTerms::element) store(out.first + tile.row * length + tile.begin, i, count, own);
     }
-    if (p.terms == LatentTerms::row && draw == 0)
-      put_sum<THREADS>(p, kl, tile, LATENT_SPAN<T>, out.partial, 0, out.first + tile.row);
+    if (p.terms == LatentTerms::row && draw == 0) put_sum<THREADS>(p, kl, tile, out.partial, 0, out.first + tile.row);
     if (!weighted) continue;
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       if (side == sides) break;
       const int64_t sample = draw * sides + side, result = sample * p.rows + tile.row;
-      put_sum<THREADS>(p, first[side], tile, LATENT_SPAN<T>, out.partial, sample, out.first + result);
-      put_sum<THREADS>(p, second[side], tile, LATENT_SPAN<T>, out.partial, p.samples + sample, out.second + result);
+      put_sum<THREADS>(p, first[side], tile, out.partial, sample, out.first + result);
+      put_sum<THREADS>(p, second[side], tile, out.partial, p.samples + sample, out.second + result);
     }
   }
 }
@@ -202,32 +201,29 @@ __global__ void __launch_bounds__(BLOCK) sum_tiles(Latent p, LatentOut out, int6
 }
 
 // Sums over the samples, an element each.
-template <int N>
 struct SampleSums {
-  float dz[N] = {}, dz_eps[N] = {}, prior_mean[N] = {}, prior_logvar[N] = {};
+  float dz[UNIT] = {}, dz_eps[UNIT] = {}, prior_mean[UNIT] = {}, prior_logvar[UNIT] = {};
   float logvar = 0;  // of all elements alike
 };
 
 template <class T, bool PRIOR>
 __device__ __forceinline__ void sum_samples(const Latent& p, const LatentGradIn& in, T* grad_noise, const NoiseAt& at,
                                             const Tile& tile, const Spot& spot, int64_t i,
-                                            const Element<PRIOR> (&e)[PACK<T>], SampleSums<PACK<T>>& sums) {
-  constexpr int N = PACK<T>;
+                                            const Element<PRIOR> (&e)[UNIT], SampleSums& sums) {
   const int64_t length = p.length(), count = tile.end - tile.begin, sides = p.antithetic ? 2 : 1;
   const bool weighted = p.terms == LatentTerms::weights;
   for (int64_t draw = 0; draw < p.samples / sides; ++draw) {
-    float eps[N], deps[N] = {};
+    float eps[UNIT], deps[UNIT] = {};
     noise_of<T>(p, at, tile.row, spot, i, count, draw, eps);
     for (int64_t side = 0; side < sides; ++side) {
       const int64_t sample = draw * sides + side;
       const float on_first = weighted && in.first ? in.first[sample * p.rows + tile.row] : 0.0f;
       const float on_second = weighted && in.second ? in.second[sample * p.rows + tile.row] : 0.0f;
       const float sign = side ? -1.0f : 1.0f;
-      float dz[N] = {};
-      if (in.z.data)
-        load(p, in.z, tile.row, spot, i, count, dz, static_cast<const T*>(nullptr), sample * in.z_sample);
+      float dz[UNIT] = {};
+      if (in.z.data) load(p, in.z, tile.row, spot, i, count, dz, static_cast<const T*>(nullptr), sample * in.z_sample);
 #pragma unroll
-      for (int j = 0; j < N; ++j) {
+      for (int j = 0; j < UNIT; ++j) {
         const float own = sign * eps[j];
         if (weighted && in.second) {
           const float from = fmaf(e[j].std, own, e[j].away), pull = on_second * from * e[j].precision;
@@ -249,25 +245,24 @@ __device__ __forceinline__ void sum_samples(const Latent& p, const LatentGradIn&
 template <class T, bool PRIOR, int THREADS>
 __global__ void __launch_bounds__(THREADS == WARP ? SHORT_BLOCK : BLOCK, 2)
     posterior_backward(int64_t groups, Latent p, LatentGradIn in, LatentGradOut out) {
-  constexpr int N = PACK<T>;
   const int64_t index = group_index<THREADS>();
   if (index >= groups) return;
-  const Tile tile = tile_at(index, p.length(), LATENT_SPAN<T>);
+  const Tile tile = tile_at(index, p.length(), LATENT_TILE);
   const int64_t count = tile.end - tile.begin;
   const NoiseAt at = noise_at(p, tile);
   const bool by_element = in.first && p.terms == LatentTerms::element;
   const bool on_kl = by_element || (in.first && p.terms == LatentTerms::row);
   const bool on_samples = in.z.data || (p.terms == LatentTerms::weights && (in.first || in.second));
-  for (int64_t i = place_in_group<THREADS>() * N - at.skip; i < count; i += THREADS * N) {
+  for (int64_t i = place_in_group<THREADS>() * UNIT - at.skip; i < count; i += THREADS * UNIT) {
     const Spot spot = spot_at(p, tile.begin + i);
-    Element<PRIOR> e[N];
-    SampleSums<N> sums;
+    Element<PRIOR> e[UNIT];
+    SampleSums sums;
     elements_at<T>(p, tile.row, spot, i, count, e);
     if (on_samples) sum_samples<T>(p, in, static_cast<T*>(out.noise), at, tile, spot, i, e, sums);
-    float dkl[N] = {}, dlv[N];
+    float dkl[UNIT] = {}, dlv[UNIT];
     if (by_element) load(in.first + tile.row * p.length() + tile.begin, i, count, dkl);
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
+    for (int j = 0; j < UNIT; ++j) {
       dlv[j] = fmaf(0.5f * e[j].std, sums.dz_eps[j], sums.logvar);
       if (on_kl) {
         if (!by_element) dkl[j] = in.first[tile.row];
@@ -275,8 +270,8 @@ __global__ void __launch_bounds__(THREADS == WARP ? SHORT_BLOCK : BLOCK, 2)
         sums.dz[j] += slope;
         sums.prior_mean[j] -= slope;
         dlv[j] = fmaf(0.5f * on, e[j].ratio - 1.0f, dlv[j]);
-        sums.prior_logvar[j] = fmaf(0.5f * on, 1.0f - e[j].ratio - e[j].away * e[j].away * e[j].precision,
-                                    sums.prior_logvar[j]);
+        sums.prior_logvar[j] =
+            fmaf(0.5f * on, 1.0f - e[j].ratio - e[j].away * e[j].away * e[j].precision, sums.prior_logvar[j]);
       }
       if (!e[j].free) dlv[j] = 0;
     }

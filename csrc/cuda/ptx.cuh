@@ -27,8 +27,8 @@ __device__ __forceinline__ unsigned shared_address(const void* p) {
   return static_cast<unsigned>(__cvta_generic_to_shared(p));
 }
 
-// Global memory, 16 bytes at an aligned address in one instruction: nvcc takes a plain uint4 apart where the scalar
-// path beside it loads the same elements.
+// Global memory, 16 or 8 bytes at an aligned address in one instruction: nvcc takes a plain uint4 apart where the
+// scalar path beside it loads the same elements.
 __device__ __forceinline__ uint4 load16(const void* p) {
   uint4 v;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -40,6 +40,14 @@ __device__ __forceinline__ void store16(void* p, const uint4& v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)
                : "memory");
+}
+__device__ __forceinline__ uint2 load8(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(__cvta_generic_to_global(p)));
+  return v;
+}
+__device__ __forceinline__ void store8(void* p, const uint2& v) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y) : "memory");
 }
 
 // 16 bytes from global to shared memory, the first `valid` of them from `from`, the rest zeros. They may be read after
@@ -96,6 +104,8 @@ __device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4], u
 
 inline uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
 inline void store16(void* p, const uint4& v) { *static_cast<uint4*>(p) = v; }
+inline uint2 load8(const void* p) { return *static_cast<const uint2*>(p); }
+inline void store8(void* p, const uint2& v) { *static_cast<uint2*>(p) = v; }
 
 inline void copy_async16(void* to, const void* from, int valid = 16, EMULATOR_SITE) {
   emulator::copy_async(to, from, 16, valid, site);

@@ -12,6 +12,8 @@ __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b);
 __device__ __forceinline__ float sub(float a, float b) { return __fsub_rn(a, b); }
 __device__ __forceinline__ float mul_add(float a, float b, float c) { return add(mul(a, b), c); }  // two roundings
 
+inline constexpr int NUMBERS = 4;  // of a Philox block
+
 struct Words {
   uint32_t w[4];
 };
