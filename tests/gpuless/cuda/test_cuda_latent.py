@@ -80,14 +80,12 @@ def test_the_noise_is_the_keys_own_to_the_bit(shape, dtype, device):
     """Of mean 0 and logvar 0 a sample is its noise, in every draw and wherever a row begins in a block of four."""
     zeros = torch.zeros(shape, dtype=dtype, device=device)
     for seed in (7, torch.arange(shape[0]) - 2):
-        there = seed.to(device) if isinstance(seed, torch.Tensor) else seed
-        run = lambda **options: onepass.reparameterize(
-            zeros, zeros, seed=there, stream=3, offset=5, **options, backend="cuda"
-        ).cpu()
-        z, pairs = run(samples=3), run(samples=4, antithetic=True)
+        key = {"seed": seed.to(device) if isinstance(seed, torch.Tensor) else seed, "stream": 3, "offset": 5}
+        z = onepass.reparameterize(zeros, zeros, samples=3, **key, backend="cuda").cpu()
+        pairs = onepass.reparameterize(zeros, zeros, samples=4, antithetic=True, **key, backend="cuda").cpu()
         for k in range(3):
-            key = {"seed": seed, "stream": (1 << 56) + 3, "offset": 5 + k * SAMPLE_STEP, "dtype": dtype}
-            noise = onepass.rng.normal(shape, **key, backend="reference")
+            later = {"seed": seed, "stream": (1 << 56) + 3, "offset": 5 + k * SAMPLE_STEP, "dtype": dtype}
+            noise = onepass.rng.normal(shape, **later, backend="reference")
             assert torch.equal(z[k], noise)
             assert k == 2 or (torch.equal(pairs[2 * k], noise) and torch.equal(pairs[2 * k + 1], -noise))
 
