@@ -7,7 +7,7 @@
 
 namespace onepass::cuda {
 
-inline constexpr int WIDE_BLOCK = 1024;
+inline constexpr int WIDE_BLOCK = 512;
 inline constexpr int UNIT = NUMBERS;  // elements that a thread takes at a time
 
 template <class T>
@@ -74,9 +74,10 @@ __device__ __forceinline__ Choice best_of_group(Choice own) {
 template <class T, int THREADS, class Weights>
 __device__ __forceinline__ void put_row(const GumbelSoftmax& p, const GumbelRow<T>& row, float total, float dot,
                                         Weights&& weights) {
-  const double sum = group_sum<THREADS>(static_cast<double>(total));
-  const double quotient = row.grad ? group_sum<THREADS>(static_cast<double>(dot)) / sum : 0.0;
-  const float factor = static_cast<float>(1.0 / sum), mean = static_cast<float>(quotient);
+  const double sum = group_sum<THREADS>(static_cast<double>(total)), near = 1.0f / static_cast<float>(sum);
+  const double inverse = near * (2.0 - sum * near);  // a step of Newton's from the float's
+  const double quotient = row.grad ? group_sum<THREADS>(static_cast<double>(dot)) * inverse : 0.0;
+  const float factor = static_cast<float>(inverse), mean = static_cast<float>(quotient);
   const float rest = static_cast<float>(quotient - mean);
   Choice own{-INFINITY, INT64_MAX};
   sweep<T, THREADS>(p, row, [&](int64_t i) {
@@ -109,7 +110,7 @@ __device__ __forceinline__ void recall(const float* kept, float (&x)[UNIT]) {
 
 // Rows that fit shared memory, `slots` floats of it, and as many again in backward; a thread reads what it wrote.
 template <class T, int THREADS>
-__global__ void __launch_bounds__(THREADS == WARP ? SHORT_BLOCK : THREADS)
+__global__ void __launch_bounds__(THREADS == WARP ? SHORT_BLOCK : THREADS, 1)
     gumbel_kept(int64_t groups, GumbelSoftmax p, int64_t slots) {
   const int64_t group = group_index<THREADS>();
   if (group >= groups) return;
@@ -150,7 +151,7 @@ __global__ void __launch_bounds__(THREADS == WARP ? SHORT_BLOCK : THREADS)
 
 // Longer rows: an online softmax of each thread's units, then all of it again.
 template <class T>
-__global__ void __launch_bounds__(WIDE_BLOCK) gumbel_again(GumbelSoftmax p) {
+__global__ void __launch_bounds__(WIDE_BLOCK, 1) gumbel_again(GumbelSoftmax p) {
   const GumbelRow<T> row = gumbel_row<T>(p, blockIdx.x);
   float most = -INFINITY, total = 0, dot = 0;
   sweep<T, WIDE_BLOCK>(p, row, [&](int64_t i) {

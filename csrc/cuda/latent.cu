@@ -37,8 +37,9 @@ void latent_backward(const Latent& p, const LatentGradIn& in, const LatentGradOu
   with_operands(p, [&](auto t, auto prior) {
     using T = decltype(t);
     constexpr bool PRIOR = decltype(prior)::value;
-    launch_tiles(stream, p.rows, p.length(), LATENT_TILE, posterior_backward<T, PRIOR, WARP>,
-                 posterior_backward<T, PRIOR, BLOCK>, p, in, out);
+    const int64_t groups = p.rows * ((p.length() + BACKWARD_TILE - 1) / BACKWARD_TILE), warps = SHORT_BLOCK / WARP;
+    launch(stream, grid_size((groups + warps - 1) / warps), SHORT_BLOCK, 0, posterior_backward<T, PRIOR>, groups, p, in,
+           out);
   });
 }
 

@@ -200,16 +200,33 @@ __global__ void __launch_bounds__(BLOCK) sum_tiles(Latent p, LatentOut out, int6
   (of_second ? out.second + (sum - p.samples * p.rows) : out.first + sum)[0] = finished(p, total);
 }
 
-// Sums over the samples, an element each.
-struct SampleSums {
-  float dz[UNIT] = {}, dz_eps[UNIT] = {}, prior_mean[UNIT] = {}, prior_logvar[UNIT] = {};
-  float logvar = 0;  // of all elements alike
+// Gradients of a unit: of mean and the prior, of logvar but for the sum over samples of dz eps.
+struct Gradients {
+  float mean[UNIT] = {}, logvar[UNIT] = {}, prior_mean[UNIT] = {}, prior_logvar[UNIT] = {}, dz_eps[UNIT] = {};
 };
+
+// What the KL's gradient adds; first, so that little of an element is kept while samples are summed.
+template <bool PRIOR>
+__device__ __forceinline__ void add_kl(const Latent& p, const LatentGradIn& in, const Tile& tile, int64_t i,
+                                       const Element<PRIOR> (&e)[UNIT], Gradients& to) {
+  float dkl[UNIT];
+  if (p.terms == LatentTerms::element)
+    load(in.first + tile.row * p.length() + tile.begin, i, tile.end - tile.begin, dkl);
+#pragma unroll
+  for (int j = 0; j < UNIT; ++j) {
+    if (p.terms == LatentTerms::row) dkl[j] = in.first[tile.row];
+    const float on = e[j].kl() >= p.free_bits ? p.beta * dkl[j] : 0.0f, slope = on * e[j].away * e[j].precision;
+    to.mean[j] = slope;
+    to.prior_mean[j] = -slope;
+    to.logvar[j] = 0.5f * on * (e[j].ratio - 1.0f);
+    to.prior_logvar[j] = 0.5f * on * (1.0f - e[j].ratio - e[j].away * e[j].away * e[j].precision);
+  }
+}
 
 template <class T, bool PRIOR>
 __device__ __forceinline__ void sum_samples(const Latent& p, const LatentGradIn& in, T* grad_noise, const NoiseAt& at,
                                             const Tile& tile, const Spot& spot, int64_t i,
-                                            const Element<PRIOR> (&e)[UNIT], SampleSums& sums) {
+                                            const Element<PRIOR> (&e)[UNIT], Gradients& to) {
   const int64_t length = p.length(), count = tile.end - tile.begin, sides = p.antithetic ? 2 : 1;
   const bool weighted = p.terms == LatentTerms::weights;
   for (int64_t draw = 0; draw < p.samples / sides; ++draw) {
@@ -228,58 +245,48 @@ __device__ __forceinline__ void sum_samples(const Latent& p, const LatentGradIn&
         if (weighted && in.second) {
           const float from = fmaf(e[j].std, own, e[j].away), pull = on_second * from * e[j].precision;
           dz[j] -= pull;
-          sums.prior_mean[j] += pull;
-          sums.prior_logvar[j] = fmaf(0.5f, fmaf(pull, from, -on_second), sums.prior_logvar[j]);
+          to.prior_mean[j] += pull;
+          to.prior_logvar[j] = fmaf(0.5f, fmaf(pull, from, -on_second), to.prior_logvar[j]);
         }
-        sums.dz[j] += dz[j];
-        sums.dz_eps[j] = fmaf(dz[j], own, sums.dz_eps[j]);
+        to.mean[j] += dz[j];
+        to.dz_eps[j] = fmaf(dz[j], own, to.dz_eps[j]);
         deps[j] = fmaf(sign, dz[j] * e[j].std, deps[j]);
         if (weighted && in.first) deps[j] = fmaf(-on_first, eps[j], deps[j]);
+        to.logvar[j] = fmaf(-0.5f, on_first, to.logvar[j]);
       }
-      sums.logvar = fmaf(-0.5f, on_first, sums.logvar);
     }
     if (grad_noise) store(grad_noise + (draw * p.rows + tile.row) * length + tile.begin, i, count, deps);
   }
 }
 
-template <class T, bool PRIOR, int THREADS>
-__global__ void __launch_bounds__(THREADS == WARP ? SHORT_BLOCK : BLOCK, 2)
+// Nothing is summed over threads: a warp a tile, whatever the row.
+inline constexpr int64_t BACKWARD_TILE = 2 * WARP * UNIT;
+
+template <class T, bool PRIOR>
+__global__ void __launch_bounds__(SHORT_BLOCK, PRIOR ? 3 : 4)
     posterior_backward(int64_t groups, Latent p, LatentGradIn in, LatentGradOut out) {
-  const int64_t index = group_index<THREADS>();
+  const int64_t index = group_index<WARP>();
   if (index >= groups) return;
-  const Tile tile = tile_at(index, p.length(), LATENT_TILE);
+  const Tile tile = tile_at(index, p.length(), BACKWARD_TILE);
   const int64_t count = tile.end - tile.begin;
   const NoiseAt at = noise_at(p, tile);
-  const bool by_element = in.first && p.terms == LatentTerms::element;
-  const bool on_kl = by_element || (in.first && p.terms == LatentTerms::row);
-  const bool on_samples = in.z.data || (p.terms == LatentTerms::weights && (in.first || in.second));
-  for (int64_t i = place_in_group<THREADS>() * UNIT - at.skip; i < count; i += THREADS * UNIT) {
+  const bool weighted = p.terms == LatentTerms::weights;
+  const bool on_kl = in.first && (p.terms == LatentTerms::row || p.terms == LatentTerms::element);
+  const bool on_samples = in.z.data || (weighted && (in.first || in.second));
+  for (int64_t i = place_in_group<WARP>() * UNIT - at.skip; i < count; i += WARP * UNIT) {
     const Spot spot = spot_at(p, tile.begin + i);
     Element<PRIOR> e[UNIT];
-    SampleSums sums;
+    Gradients to;
     elements_at<T>(p, tile.row, spot, i, count, e);
-    if (on_samples) sum_samples<T>(p, in, static_cast<T*>(out.noise), at, tile, spot, i, e, sums);
-    float dkl[UNIT] = {}, dlv[UNIT];
-    if (by_element) load(in.first + tile.row * p.length() + tile.begin, i, count, dkl);
+    if (on_kl) add_kl(p, in, tile, i, e, to);
+    if (on_samples) sum_samples<T>(p, in, static_cast<T*>(out.noise), at, tile, spot, i, e, to);
 #pragma unroll
-    for (int j = 0; j < UNIT; ++j) {
-      dlv[j] = fmaf(0.5f * e[j].std, sums.dz_eps[j], sums.logvar);
-      if (on_kl) {
-        if (!by_element) dkl[j] = in.first[tile.row];
-        const float on = e[j].kl() >= p.free_bits ? p.beta * dkl[j] : 0.0f, slope = on * e[j].away * e[j].precision;
-        sums.dz[j] += slope;
-        sums.prior_mean[j] -= slope;
-        dlv[j] = fmaf(0.5f * on, e[j].ratio - 1.0f, dlv[j]);
-        sums.prior_logvar[j] =
-            fmaf(0.5f * on, 1.0f - e[j].ratio - e[j].away * e[j].away * e[j].precision, sums.prior_logvar[j]);
-      }
-      if (!e[j].free) dlv[j] = 0;
-    }
-    store<T>(p, out.mean, tile.row, spot, i, count, sums.dz);
-    store<T>(p, out.logvar, tile.row, spot, i, count, dlv);
+    for (int j = 0; j < UNIT; ++j) to.logvar[j] = e[j].free ? fmaf(0.5f * e[j].std, to.dz_eps[j], to.logvar[j]) : 0.0f;
+    store<T>(p, out.mean, tile.row, spot, i, count, to.mean);
+    store<T>(p, out.logvar, tile.row, spot, i, count, to.logvar);
     if constexpr (PRIOR) {
-      if (out.prior_mean.data) store<T>(p, out.prior_mean, tile.row, spot, i, count, sums.prior_mean);
-      if (out.prior_logvar.data) store<T>(p, out.prior_logvar, tile.row, spot, i, count, sums.prior_logvar);
+      if (out.prior_mean.data) store<T>(p, out.prior_mean, tile.row, spot, i, count, to.prior_mean);
+      if (out.prior_logvar.data) store<T>(p, out.prior_logvar, tile.row, spot, i, count, to.prior_logvar);
     }
   }
 }

@@ -19,10 +19,11 @@ if __name__ == "__main__":
 from gpuless import cubin  # noqa: E402
 
 TARGETS = ("sm_80", "sm_90a", "sm_100a", "sm_120")
-STEMS = ("attention", "denoise", "reparam", "rng", "volrend")
+STEMS = ("attention", "denoise", "gumbel", "latent", "reparam", "rng", "volrend")
 TYPES = {"float": "fp32", "__nv_bfloat16": "bf16", "__half": "fp16"}
 BLOCK, SHORT_BLOCK = 256, 128           # csrc/cuda/device.cuh
-WHOLE_BLOCKS = ("add_partials", "add_background")
+WHOLE_BLOCKS = ("add_partials", "add_background", "sum_tiles")
+WIDE_BLOCK = 512                       # csrc/cuda/gumbel.cuh
 MOST_SHARED = 99 * 1024                 # csrc/cuda/attention.cu
 
 
@@ -79,6 +80,8 @@ def _threads(name: str, parameters: list[str]) -> int:
     """Of a block: see launch_tiles for the kernels whose last parameter is the size of a group of threads."""
     if name in WHOLE_BLOCKS or parameters[-1:] == [str(BLOCK)]:
         return BLOCK
+    if name == "gumbel_again" or parameters[-1:] == [str(WIDE_BLOCK)]:
+        return WIDE_BLOCK
     return SHORT_BLOCK
 
 
@@ -97,7 +100,13 @@ def _tiles_shared(parameters: list[str]) -> int:
     return 2 * (channels + 8) * (64 + 4 * (16 if channels > 128 else 64))
 
 
-SHARED = {"attend": _attend_shared, "attend_tiles": _tiles_shared}
+def _gumbel_shared(parameters: list[str]) -> int:
+    """Dynamic shared memory of gumbel_kept with the longest rows of its kind that a forward pass keeps."""
+    rows, longest = {"32": (4, 512), "256": (1, 4095), "512": (1, 24573)}[parameters[1]]
+    return 4 * rows * -(-(longest + 3) // 4) * 4
+
+
+SHARED = {"attend": _attend_shared, "attend_tiles": _tiles_shared, "gumbel_kept": _gumbel_shared}
 
 if __name__ == "__main__":
     lines = ",\n".join(map(json.dumps, rows()))
