@@ -42,7 +42,7 @@ LIMITS: list[tuple[str, str, str, str, int, int | None]] = [
     ("sample_backward", ".*", "sm_.*", "wide_store", 3, None),
     ("posterior", "fp32, false.*", "sm_.*", "wide_load", 3, None),
     ("posterior", "fp32, true.*", "sm_.*", "wide_load", 5, None),
-    ("posterior", "fp32.*", "sm_.*", "wide_store", 2, None),
+    ("posterior", "fp32.*", "sm_.*", "wide_store", 3, None),
     ("posterior_backward", "fp32, false.*", "sm_.*", "wide_load", 4, None),
     ("posterior_backward", "fp32, true.*", "sm_.*", "wide_load", 6, None),
     ("posterior_backward", "fp32, false.*", "sm_.*", "wide_store", 3, None),
