@@ -61,17 +61,27 @@ def rng(shape: Any, distribution: str, seed: int, seeds: Tensor | None, stream: 
         offset: int, offsets: Tensor | None, dtype: torch.dtype, device: torch.device) -> str | None:
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return missing() or f"device is {device}, the kernel runs on a GPU"
-    if distribution == "bits":
-        return "the kernel gives no bits yet"
+    if distribution == "bits":                  # whole numbers: nothing to fuse
+        return on_gpu(seeds, streams, offsets)
     return on_gpu(seeds, streams, offsets) or cpu_dtype(dtype) or random(device)
 
 
-def reparam(mean: Tensor, logvar: Tensor, noise: Tensor | None, *args: Any) -> str | None:
+def reparam(mean: Tensor, logvar: Tensor | None, noise: Tensor | None, *args: Any) -> str | None:
     return floats(mean, logvar, noise, *args) or (random(mean.device) if noise is None else None)
 
 
 def reparam_backward(grad_z: Tensor | None, grad_kl: Tensor | None, *args: Any) -> str | None:
     return on_gpu(grad_z, grad_kl) or reparam(*args)
+
+
+def latent_backward(
+    grad_z: Tensor | None, grad_first: Tensor | None, grad_second: Tensor | None, *args: Any
+) -> str | None:
+    return on_gpu(grad_z, grad_first, grad_second) or reparam(*args)
+
+
+def gumbel(logits: Tensor, *args: Any) -> str | None:
+    return floats(logits, *args) or random(logits.device)
 
 
 def denoise(*args: Any) -> str | None:

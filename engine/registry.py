@@ -124,6 +124,7 @@ _TABLE = [
         "reparameterize, reparameterize_kl with options, reparameterize_log_weights",
         {
             "cuda": Impl("onepass._native.latent:forward", supports.floats_cuda, f"{_ANY_STRIDES}; {_BUILT}"),
+            "triton": Impl("onepass.kernels.latent:forward", triton.reparam, _ANY_STRIDES),
             "cpu": Impl("onepass._native.latent:forward", supports.floats_cpu, _ANY_STRIDES),
             "reference": _reference("latent:latent_sample"),
         },
@@ -138,6 +139,7 @@ _TABLE = [
             "cuda": Impl(
                 "onepass._native.latent:backward", supports.latent_backward_cuda, f"{_ANY_STRIDES}; {_BUILT}"
             ),
+            "triton": Impl("onepass.kernels.latent:backward", triton.latent_backward, _ANY_STRIDES),
             "cpu": Impl("onepass._native.latent:backward", supports.latent_backward_cpu, _ANY_STRIDES),
             "reference": _reference("latent:latent_sample_backward"),
         },
@@ -148,6 +150,7 @@ _TABLE = [
         "gumbel_softmax",
         {
             "cuda": Impl("onepass._native.gumbel:forward", supports.floats_cuda, f"{_ANY_STRIDES}; {_BUILT}"),
+            "triton": Impl("onepass.kernels.gumbel:forward", triton.gumbel, _ANY_STRIDES),
             "cpu": Impl("onepass._native.gumbel:forward", supports.floats_cpu, _ANY_STRIDES),
             "reference": _reference("gumbel:gumbel_softmax"),
         },
@@ -158,6 +161,7 @@ _TABLE = [
         "the gradient of gumbel_softmax",
         {
             "cuda": Impl("onepass._native.gumbel:backward", supports.floats_cuda, f"{_ANY_STRIDES}; {_BUILT}"),
+            "triton": Impl("onepass.kernels.gumbel:backward", triton.gumbel, _ANY_STRIDES),
             "cpu": Impl("onepass._native.gumbel:backward", supports.floats_cpu, _ANY_STRIDES),
             "reference": _reference("gumbel:gumbel_softmax_backward"),
         },

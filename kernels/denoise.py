@@ -15,7 +15,7 @@ from torch import Tensor
 from .._native import by_rows, mask_rows
 from ..reference import denoise as reference
 from ._host import OPTIONS, on, power_of_two
-from .rng import NORMAL, draw, normal_at
+from .rng import NORMAL, draw, draw_at
 
 X: tl.constexpr = tl.constexpr(reference.X)
 M: tl.constexpr = tl.constexpr(reference.M)
@@ -91,7 +91,7 @@ def denoise_tiles(
                 if WHOLE:
                     z = draw(s, t, start // 4 + tile * C + tl.arange(0, C), NORMAL).reshape(4 * C)
                 else:
-                    z = normal_at(s, t, row * 0, start + at)
+                    z = draw_at(s, t, row * 0, start + at, NORMAL)
             else:
                 z = _operand(Noise + row * noise_step, at, cz != 0, inside)
             prev = tl.fma(zero + cz, z, prev)

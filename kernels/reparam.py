@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._host import OPTIONS, VECTOR, aligned, key_arguments, keyed_by_row, on, power_of_two, rows_of
 from ._math import exp
-from .rng import _KEYS, NORMAL, draw, key_of, normal_at
+from .rng import _KEYS, NORMAL, draw_tile, key_of
 
 _BLOCKS = 256       # blocks of four elements that one program takes
 _RAW = ["rows", "units", "tiles", "mean_step", "logvar_step", "noise_step", "grad_step", *_KEYS]
@@ -47,13 +47,8 @@ def _noise(
         return _load(Noise, noise_step, row, col, inside, UNIT)
     else:
         s, t, o = key_of(row, seed, Seeds, seeds_step, stream, Streams, streams_step, offset, Offsets, offsets_step)
-        s, t, o = s[:, None], t[:, None], o[:, None]
         start = (row * 0 if KEYED else row * length)[:, None]
-        if WHOLE:
-            blocks = (tile * C + tl.arange(0, C))[None, :]
-            return draw(s, t, o + (start // 4 + blocks), NORMAL).reshape(R, 4 * C)
-        else:
-            return normal_at(s, t, o, start + col[None, :])
+        return draw_tile(s[:, None], t[:, None], o[:, None], start, tile, col, NORMAL, WHOLE, R, C)
 
 
 @triton.jit(do_not_specialize=_RAW)

@@ -21,6 +21,9 @@ NORMAL: tl.constexpr = tl.constexpr(DISTRIBUTIONS.index("normal"))
 GUMBEL: tl.constexpr = tl.constexpr(DISTRIBUTIONS.index("gumbel"))
 EXPONENTIAL: tl.constexpr = tl.constexpr(DISTRIBUTIONS.index("exponential"))
 LAPLACE: tl.constexpr = tl.constexpr(DISTRIBUTIONS.index("laplace"))
+BITS: tl.constexpr = tl.constexpr(len(DISTRIBUTIONS))
+
+_CODES = {name: code for code, name in enumerate((*DISTRIBUTIONS, "bits"))}
 
 _KEYS = ("seed", "seeds_step", "stream", "streams_step", "offset", "offsets_step")
 
@@ -120,7 +123,9 @@ def normal_pair(w0, w1):
 @triton.jit
 def _one(word, DISTRIBUTION: tl.constexpr):
     u = unit(word)
-    if DISTRIBUTION == UNIFORM:
+    if DISTRIBUTION == BITS:
+        return word.to(tl.int32, bitcast=True)
+    elif DISTRIBUTION == UNIFORM:
         return u
     elif DISTRIBUTION == EXPONENTIAL:
         return ln(u) * -1.0
@@ -136,7 +141,7 @@ def _one(word, DISTRIBUTION: tl.constexpr):
 
 @triton.jit
 def draw(seed, stream, block, DISTRIBUTION: tl.constexpr):
-    """float32 [..., 2, 2] of blocks [...]: element i of a block is at [..., i // 2, i % 2]."""
+    """float32 (BITS: int32) [..., 2, 2] of blocks [...]: element i of a block is at [..., i // 2, i % 2]."""
     w0, w1, w2, w3 = philox(seed, stream, block)
     if DISTRIBUTION == NORMAL:
         z0, z1 = normal_pair(w0, w1)
@@ -148,12 +153,29 @@ def draw(seed, stream, block, DISTRIBUTION: tl.constexpr):
 
 
 @triton.jit
-def normal_at(seed, stream, offset, element):
-    """The normals of elements of a row, one by one: four times the work of `draw`, for rows that cut blocks."""
+def draw_at(seed, stream, offset, element, DISTRIBUTION: tl.constexpr):
+    """The numbers of elements of a row, one by one: four times the words of `draw`, for rows that cut blocks."""
     w0, w1, w2, w3 = philox(seed, stream, offset + element // 4)
-    second = (element & 2) != 0
-    z0, z1 = normal_pair(tl.where(second, w2, w0), tl.where(second, w3, w1))
-    return tl.where((element & 1) != 0, z1, z0)
+    second, odd = (element & 2) != 0, (element & 1) != 0
+    low, high = tl.where(second, w2, w0), tl.where(second, w3, w1)
+    if DISTRIBUTION == NORMAL:
+        z0, z1 = normal_pair(low, high)
+        return tl.where(odd, z1, z0)
+    else:
+        return _one(tl.where(odd, high, low), DISTRIBUTION)
+
+
+@triton.jit
+def draw_tile(
+    seed, stream, offset, start, tile, col, DISTRIBUTION: tl.constexpr, WHOLE: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr,
+):
+    """float32 [R, 4 C] of the elements start [R, 1] + col [4 C], tile by tile; WHOLE: no row begins inside a block."""
+    if WHOLE:
+        blocks = (tile * C + tl.arange(0, C))[None, :]
+        return draw(seed, stream, offset + (start // 4 + blocks), DISTRIBUTION).reshape(R, 4 * C)
+    else:
+        return draw_at(seed, stream, offset, start + col[None, :], DISTRIBUTION)
 
 
 @triton.jit(do_not_specialize=["tiles", *_KEYS])
@@ -184,7 +206,7 @@ def fill(shape: list[int], distribution: str, *args: Any, out: Tensor | None = N
         tiles = -(-length // (4 * blocks))
         with on(result):
             fill_rows[(rows * tiles,)](
-                result, length, tiles, *key_arguments(keys), DISTRIBUTION=DISTRIBUTIONS.index(distribution),
+                result, length, tiles, *key_arguments(keys), DISTRIBUTION=_CODES[distribution],
                 BLOCKS=blocks, num_warps=4 if blocks >= 128 else 1, **OPTIONS,
             )
     return result if direct or out is None else out.copy_(result)

@@ -31,6 +31,10 @@ LIMITS: list[tuple[str, str, str, str, int, int | None]] = [
     ("fill_rows", "fp32 .*BLOCKS=256.*", "sm_.*", "wide_store", 2, None),
     ("forward_tiles|backward_tiles", ".*UNIT=[48].*", "sm_.*", "wide_load", 2, None),
     ("forward_tiles|backward_tiles", ".*UNIT=[48].*", "sm_.*", "wide_store", 1, None),
+    ("sample_tiles|sample_backward_tiles", ".*UNIT=[48].*", "sm_.*", "wide_load", 2, None),
+    ("sample_tiles|sample_backward_tiles", ".*UNIT=[48].*", "sm_.*", "wide_store", 1, None),
+    ("soften_tiles|soften_rows", ".*UNIT=[48].*", "sm_.*", "wide_load", 1, None),
+    ("soften_rows", ".*UNIT=[48].*", "sm_.*", "wide_store", 1, None),
     ("denoise_tiles", ".*", "sm_.*", "wide_load", 2, None),
     ("denoise_tiles", ".*", "sm_.*", "wide_store", 1, None),
     # CUDA C++

@@ -4,6 +4,7 @@ Each makes the host wrappers' real calls on `meta` tensors: a shape for each con
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -28,6 +29,7 @@ def rng() -> None:
 
     for name in DISTRIBUTIONS:
         kernels.fill([1 << 20], name, *KEY, torch.float32, META)
+    kernels.fill([1 << 20], "bits", *KEY, torch.int32, META)
     kernels.fill([64, 4096], "normal", *seeds(64), torch.bfloat16, META)
     kernels.fill([64, 5], "normal", *seeds(64), torch.float16, META)
 
@@ -45,6 +47,43 @@ def reparam() -> None:
     kernels.forward(x, x, None, *KEY, True)
     x = empty(64, 5)
     kernels.forward(x, x, None, *KEY, True)
+
+
+def latent() -> None:
+    from onepass.kernels import latent as kernels
+
+    anything, standard = (-math.inf, math.inf), (None, None)
+    for dtype in DTYPES:                                    # halves in dim 1: a row each
+        both, half = empty(64, 8, 32, 32, dtype=dtype), empty(64, 4, 32, 32, dtype=dtype)
+        call = (both, None, None, *KEY, *standard, 1, -30.0, 20.0, 0, False, "row", 0.5, -math.inf)
+        kernels.forward(*call)
+        kernels.backward(half, empty(64), None, *call, False, False)
+    both, half = empty(64, 32, 64, dtype=dtype), empty(64, 32, 32, dtype=dtype)     # in the last dim: segments
+    call = (both, None, None, *seeds(64), half, half, 2, *anything, 8, True, "weights", 1.0, -math.inf)
+    kernels.forward(*call)
+    kernels.backward(empty(8, *half.shape, dtype=dtype), empty(8, 64), empty(8, 64), *call, False, True)
+    x, prior = empty(64, 4096), empty(64, 4096)
+    call = (x, x, None, *seeds(64), prior, prior, 0, *anything, 0, False, "element", 1.0, 0.5)
+    kernels.forward(*call)
+    kernels.backward(x, x, None, *call, False, True)
+    x, noise = empty(64, 5), empty(2, 64, 5)
+    kernels.forward(x, x, None, *KEY, *standard, 0, -1.0, 1.0, 4, True, "row", 1.0, -math.inf)
+    call = (x, x, noise, *KEY, *standard, 0, -1.0, 1.0, 4, True, "row", 1.0, -math.inf)
+    kernels.backward(empty(4, 64, 5), empty(64), None, *call, True, False)
+
+
+def gumbel() -> None:
+    from onepass.kernels import gumbel as kernels
+
+    long = 128256                                           # categories of a language model: tiles, in two launches
+    x = empty(64, 10)
+    kernels.forward(x, *seeds(64), 0.5, True)
+    x = empty(64, 1024, dtype=torch.bfloat16)
+    kernels.forward(x, *KEY, 0.5, False)
+    for n, dtype in ((1024, torch.bfloat16), (8192, torch.float32), (long, torch.bfloat16)):
+        x = empty(64, n, dtype=dtype)
+        kernels.backward(x, x, *KEY, 0.5)
+    kernels.forward(empty(64, long), *seeds(64), 0.5, True)
 
 
 def denoise() -> None:
@@ -121,5 +160,7 @@ def attention() -> None:
     kernels.forward(x, x, x, False, -1, -1, 0.0, 0.1, None, None, empty(1024, 1024))
 
 
-STEMS: dict[str, Callable[[], None]] = {"rng": rng, "reparam": reparam, "denoise": denoise, "volrend": volrend,
-                                         "attention": attention}
+STEMS: dict[str, Callable[[], None]] = {
+    "rng": rng, "reparam": reparam, "latent": latent, "gumbel": gumbel, "denoise": denoise, "volrend": volrend,
+    "attention": attention,
+}

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import re
+import struct
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +16,8 @@ if interpreter.ON:
 
 import triton.language as tl  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
+
+from onepass.reference import rng  # noqa: E402
 
 from gpuless.triton import benchmarks, driver, launches  # noqa: E402
 
@@ -139,3 +143,25 @@ def test_random_numbers_are_compiled_without_a_fused_multiply_add(target):
         assert wrong, "the old assembler does it right: the refusal may go"
     else:
         assert not wrong
+
+
+POLYNOMIALS = {*rng._LN, *rng._SIN, *rng._COS, rng._HALF_PI_LOW}
+
+
+@pytest.mark.parametrize("stem", ["reparam", "latent", "gumbel"])
+@pytest.mark.parametrize("target", [t for t in NVIDIA if not FUSES_PACKED or t not in ("sm_100", "sm_120")])
+def test_ops_that_draw_fuse_nothing_of_the_recipe(target, stem):
+    """They fuse products and sums of their own, and none that holds a coefficient of the recipe's polynomials."""
+    with driver.on(target) as done:
+        launches.STEMS[stem]()
+    words = {f"0f{struct.pack('>f', x).hex().upper()}" for x in POLYNOMIALS}
+    numbers = {np.float32(x) for x in POLYNOMIALS}
+    drawing = 0
+    for launch in done:
+        ptx, listing = launch.compiled.asm["ptx"], driver.cubin.sass(launch.compiled.asm["cubin"])
+        drawing += any(word in ptx for word in words)
+        assert not [line for line in re.findall(r"fma\.\S* [^;]*", ptx) if any(word in line for word in words)]
+        fused = re.findall(r"FFMA\S* ([^;&?]*)", listing)
+        literals = {np.float32(x) for line in fused for x in re.findall(r"-?\d+\.\d+(?:e[-+]\d+)?", line)}
+        assert not literals & numbers, launch.configuration
+    assert drawing >= 4
