@@ -258,8 +258,8 @@ class _Call:
         self.constants = {
             "TERMS": TERMS.index(terms), "PAIRS": pairs, "KEYED": keyed,
             "WHOLE": keyed or self.rows == 1 or self.length % 4 == 0, "SEGMENTED": self.run < self.length,
-            "WIDE": _NARROW <= self.run < self.length, "UNIT": self.unit, "R": r, "C": c, "num_warps": 4 if r * c >= 128 else 1,
-            **OPTIONS,
+            "WIDE": _NARROW <= self.run < self.length, "UNIT": self.unit, "R": r, "C": c,
+            "num_warps": 4 if r * c >= 128 else 1, **OPTIONS,
         }
 
     def place(self, x: Tensor | None) -> tuple[Tensor | None, int, int]:
