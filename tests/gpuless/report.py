@@ -28,6 +28,7 @@ LIMITS: list[tuple[str, str, str, str, int, int | None]] = [
     (".*", ".*", ".*", "spill_bytes", 0, 0),
     ("attend", ".* BD=256 .*", "gfx942", "spill_bytes", 0, 32),
     ("attend", ".*PRECISION=tf32x3.*", "sm_120", "spill_bytes", 0, 68),
+    ("sample_backward_tiles", ".*no Noise.*", "sm_100", "spill_bytes", 0, 8),     # by Triton 3.6, refused there
     ("fill_rows", "fp32 .*BLOCKS=256.*", "sm_.*", "wide_store", 2, None),
     ("forward_tiles|backward_tiles", ".*UNIT=[48].*", "sm_.*", "wide_load", 2, None),
     ("forward_tiles|backward_tiles", ".*UNIT=[48].*", "sm_.*", "wide_store", 1, None),
@@ -35,6 +36,7 @@ LIMITS: list[tuple[str, str, str, str, int, int | None]] = [
     ("sample_tiles|sample_backward_tiles", ".*UNIT=[48].*", "sm_.*", "wide_store", 1, None),
     ("soften_tiles|soften_rows", ".*UNIT=[48].*", "sm_.*", "wide_load", 1, None),
     ("soften_rows", ".*UNIT=[48].*", "sm_.*", "wide_store", 1, None),
+    ("soften_rows", ".* HARD=True.* T=[1-9].*", "sm_.*", "wide_load", 0, None),     # the tiles have said which it is
     ("denoise_tiles", ".*", "sm_.*", "wide_load", 2, None),
     ("denoise_tiles", ".*", "sm_.*", "wide_store", 1, None),
     # CUDA C++
