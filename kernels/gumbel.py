@@ -137,7 +137,7 @@ def _run(
     r = min(max(_BLOCKS // c, 1), 64)
     tiles = -(-blocks // c)
     x, step = rows_of(logits.reshape(rows, n), n)
-    on_grad = (None, 0)
+    on_grad: tuple[Tensor | None, int] = (None, 0)
     if grad is not None:
         g, grad_step = rows_of(grad.reshape(rows, n), n)
         on_grad = g, grad_step // unit
