@@ -58,6 +58,16 @@ def test_hard_takes_the_largest_of_the_references_bits(n, dtype, device):
         assert torch.equal(hard, torch.zeros(shape, dtype=dtype).scatter_(-1, wanted, 1.0))
 
 
+@pytest.mark.parametrize("n", [40, 600, 5000, 24580])
+def test_of_equals_the_first_is_taken(n, device):
+    """Logits that undo their noise: all that are left are the largest, in lanes, warps and trips of their own."""
+    logits, first = -noise((4, n)), [0, 1, n // 2, n - 9]
+    for row, begin in enumerate(first):
+        logits[row, :begin] = -math.inf
+    hard = onepass.gumbel_softmax(logits.to(device), hard=True, seed=3, backend="cuda").cpu()
+    assert torch.equal(hard, torch.zeros(4, n).scatter_(1, torch.tensor(first)[:, None], 1.0))
+
+
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("n", [40, 600, 5000, 24580])
 def test_bad_logits_go_where_the_reference_sends_them(n, hard, device):
