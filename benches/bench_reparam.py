@@ -23,6 +23,8 @@ from .timing import Run
 
 SEED = 7
 SHAPES = ((64, 4, 64, 64), (8, 16, 32, 32))
+ROWS, LATENTS, SAMPLES = 2048, 256, 8
+CLAMP = (-30.0, 20.0)  # diffusers'
 Sample = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -30,6 +32,7 @@ def cases(device: torch.device) -> Iterator[Case]:
     for shape, dtype in itertools.product(SHAPES, (torch.float32, torch.bfloat16)):
         yield _forward(shape, dtype)
         yield _with_gradients(shape, dtype)
+    yield _many_samples()
 
 
 def _stock(mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,6 +123,48 @@ def _with_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
         writes=3 * n * dtype.itemsize,
         formula="forward 3 accesses an element, backward 5 (reads dz, mean, logvar; writes two gradients)",
         quick=shape == SHAPES[0],
+    )
+
+
+def _many_samples() -> Case:
+    """K samples of each row, the encoder's output in one tensor, its logvar clamped: an importance weighted bound's."""
+    n = ROWS * LATENTS
+
+    def ours(parameters: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
+        return onepass.reparameterize_kl(parameters, clamp=CLAMP, samples=SAMPLES, seed=SEED, backend=backend)
+
+    def with_noise(parameters: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = parameters.chunk(2, 1)
+        logvar = logvar.clamp(*CLAMP)
+        return mean + torch.exp(0.5 * logvar) * noise, 0.5 * (mean * mean + logvar.exp() - 1.0 - logvar).sum(1)
+
+    def same_noise(parameters: Tensor) -> tuple[Tensor, Tensor]:
+        draws = [
+            onepass.rng.normal(
+                (ROWS, LATENTS), seed=SEED, stream=STREAM_TAG << 56, offset=k << 40, device=parameters.device,
+                backend="reference",
+            )
+            for k in range(SAMPLES)
+        ]
+        return with_noise(parameters, torch.stack(draws))
+
+    return Case(
+        op="reparameterize_kl",
+        name="z_kl_k8_fp32",
+        shape=f"{ROWS}x{LATENTS} K{SAMPLES}",
+        dtype=torch.float32,
+        make=lambda device: (torch.randn(ROWS, 2 * LATENTS, device=device),),
+        implementations={
+            "onepass": ours,
+            "eager": lambda p: with_noise(p, torch.randn(SAMPLES, ROWS, LATENTS, device=p.device)),
+        },
+        reference=functools.partial(ours, backend="reference"),
+        yardstick=same_noise,
+        uncompared=frozenset({"eager", COMPILED}),
+        reads=2 * 4 * n,
+        writes=SAMPLES * 4 * n,
+        formula="reads mean and logvar, writes K samples of z; drawing the noise is not counted as FLOPs",
+        quick=False,
     )
 
 

@@ -25,7 +25,7 @@ from gpuless.triton import driver
 
 RECORD = pathlib.Path(__file__).resolve().parents[1] / "benchmarks.json"
 TARGET = "sm_90"
-STEMS = ("attention", "denoise", "reparam", "rng", "volrend")
+STEMS = ("attention", "denoise", "gumbel", "reparam", "rng", "volrend")
 
 
 def passes(launch: driver.Launch) -> float:
@@ -40,6 +40,8 @@ def passes(launch: driver.Launch) -> float:
         blocks = -(-each // value["BN"])
         square = value["CAUSAL"] and value["queries"] == keys
         return (blocks + 1) / 2 if square else blocks
+    if launch.kernel in ("sample_tiles", "sample_backward_tiles"):
+        return value["count"]
     if launch.kernel == "combine":
         return value["Parts"].shape[0]
     return 1
