@@ -75,6 +75,7 @@ class Row:
     p20: float | None = None
     p80: float | None = None
     n: int = 0
+    first: float | None = None  # the first call of a turn, after the others' code: on a CPU
     host: float | None = None
     error: float | None = None  # largest absolute difference from the reference; None where values differ by design
     allowed: float | None = None
@@ -170,7 +171,8 @@ def _fill(
     others = [median for name, median in medians.items() if not rows[name].ours]
     for name, t in times.items():
         row, median = rows[name], medians[name]
-        row.median, row.p20, row.p80, row.n, row.host = median, t.quantile(0.2), t.quantile(0.8), len(t.samples), t.host
+        row.median, row.p20, row.p80, row.n = median, t.quantile(0.2), t.quantile(0.8), len(t.samples)
+        row.first, row.host = t.first, t.host
         row.bytes, row.flops, row.formula = case.reads + case.writes, case.flops, case.formula
         row.bound, row.ceiling, row.cache_resident = bound, limit, cache_resident
         row.of_bound = None if cache_resident and bound == "memory" else (limit or seconds) / median

@@ -2,7 +2,8 @@
 
 The implementations take turns, so that a machine that drifts hits all alike, and each call takes the next arguments of
 a ring that is larger than the last-level cache. What a call returns is kept until its place in the ring comes round
-again: without that the allocator would hand the same, still cached, buffer to every call.
+again: without that the allocator would hand the same, still cached, buffer to every call. A turn on a CPU is several
+calls: the first finds the caches full of another implementation's code, and is told apart.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 Run = Callable[..., Any]
 
 ROUNDS = (7, 300)  # fewest and most samples of a row
-BLOCK_SECONDS = 2e-4  # shorter calls are timed in blocks of at least this length
+TURN_SECONDS = 4e-3  # of one implementation on a CPU, where the ring has arguments for so many calls
 MAX_SETS = 4096
 
 
@@ -66,10 +68,12 @@ class Ring:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds per call, one entry a round. On a GPU this is device time and `host` the CPU's seconds per call."""
+    """Seconds per call, one entry a round. On a GPU this is device time and `host` the CPU's seconds per call; on a CPU
+    `first` is the median of the first calls of turns."""
 
     samples: list[float]
     host: float | None = None
+    first: float | None = None
 
     def quantile(self, q: float) -> float:
         ordered = sorted(self.samples)
@@ -110,29 +114,35 @@ def _in_turn(names: Sequence[str], rounds: int) -> Iterator[str]:
 
 
 def _on_cpu(runs: Mapping[str, Run], ring: Ring, seconds: float) -> dict[str, Times]:
-    def once(name: str, count: int) -> float:
-        run, places, results = runs[name], ring.take(count), []
-        sets = ring.arguments(places)
+    def turn(name: str, count: int) -> tuple[float, float]:
+        """Seconds of the first call, and of a call on average."""
+        run, places = runs[name], ring.take(count)
+        first, *others = ring.arguments(places)
         start = time.perf_counter_ns()
-        for arguments in sets:
+        results = [run(*first)]
+        after_first = time.perf_counter_ns()
+        for arguments in others:
             results.append(run(*arguments))
-        elapsed = (time.perf_counter_ns() - start) * 1e-9
+        end = time.perf_counter_ns()
         ring.keep(places, results)
-        return elapsed / count
+        return (after_first - start) * 1e-9, (end - start) * 1e-9 / count
 
-    blocks = {}
+    calls = {}
     per_round = 0.0
     for name in runs:
-        once(name, 1)
-        guess = min(once(name, 1), once(name, 1))
-        blocks[name] = min(len(ring.sets), max(1, math.ceil(BLOCK_SECONDS / max(guess, 1e-8))))
-        per_round += guess * blocks[name]
+        turn(name, 1)
+        guess = min(turn(name, 1)[1] for _ in range(2))
+        calls[name] = min(len(ring.sets), max(1, math.ceil(TURN_SECONDS / max(guess, 1e-8))))
+        per_round += guess * calls[name]
     for name in runs:
-        once(name, blocks[name])
+        turn(name, calls[name])
+    firsts: dict[str, list[float]] = {name: [] for name in runs}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for name in _in_turn(list(runs), _rounds(seconds, per_round, len(runs))):
-        samples[name].append(once(name, blocks[name]))
-    return {name: Times(values) for name, values in samples.items()}
+        first, mean = turn(name, calls[name])
+        firsts[name].append(first)
+        samples[name].append(mean)
+    return {name: Times(values, first=statistics.median(firsts[name])) for name, values in samples.items()}
 
 
 def _on_cuda(runs: Mapping[str, Run], ring: Ring, seconds: float) -> dict[str, Times]:

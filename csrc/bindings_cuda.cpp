@@ -17,6 +17,7 @@ void bind_rng(py::module_& m) {
 }
 
 void bind_reparam(py::module_& m) {
+  m.attr("KL_TILE") = cuda::KL_TILE;
   m.def("reparam_forward", [](int64_t rows, int64_t length, int dtype, Pointer mean, int64_t mean_step, Pointer logvar,
                               int64_t logvar_step, Pointer noise, int64_t noise_step, const KeysArgument& key,
                               bool keys_per_row, const Place& place, Pointer z, Pointer kl, Pointer partial) {

@@ -8,7 +8,7 @@ import torch
 
 import onepass
 import onepass.kernels
-from onepass import _supports_triton, registry
+from onepass import _ops, _supports_triton, registry
 
 from helpers import needs_native, run_python
 
@@ -103,6 +103,55 @@ def test_backward_uses_the_backend_of_forward(monkeypatch):
             z = onepass.reparameterize(mean, logvar, seed=1)
         z.sum().backward()
     assert ran == ["reference", "cpu"]
+
+
+def gradients(f, *shapes):
+    torch.manual_seed(0)
+    leaves = [torch.rand(shape, requires_grad=True) for shape in shapes]
+    outputs = [x for x in f(*leaves) if x is not None and x.numel()]
+    weights = [torch.linspace(-1, 1, x.numel()).view(x.shape) for x in outputs]
+    return outputs, torch.autograd.grad(outputs, leaves, weights)
+
+
+def makers(outputs):
+    nodes = [x.grad_fn for x in outputs]
+    return {node.name() for node in (*nodes, *(n for node in nodes for n, _ in node.next_functions)) if node}
+
+
+DIFFERENTIABLE = {
+    "reparameterize": (lambda m, lv: onepass.reparameterize_kl(m, lv, seed=1), (3, 5), (3, 5)),
+    "latent_sample": (lambda x: onepass.reparameterize_kl(x, samples=2, beta=0.5, seed=1), (3, 6)),
+    "gumbel_softmax": (lambda x: [onepass.gumbel_softmax(x, seed=1)], (3, 7)),
+    "attention_forward": (lambda q, k, v, s: onepass.attention(q, k, v, sinks=s, return_lse=True),
+                          (2, 3, 4, 8), (2, 5, 2, 8), (2, 5, 2, 8), (4,)),
+    "attention_varlen_forward": (lambda q, k, v: [onepass.attention_varlen(
+        q, k, v, *(torch.tensor([0, 2, 5], dtype=torch.int32),) * 2, 3, 3)], (5, 4, 8), (5, 4, 8), (5, 4, 8)),
+    "merge_attention": (lambda outs, lses: onepass.merge_attention(outs, lses), (3, 2, 4, 2, 8), (3, 2, 2, 4)),
+    "composite": (lambda s, c, t: onepass.composite(s, c, t, t + 0.1), (2, 6), (2, 6, 3), (2, 6)),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_a_gradient_past_the_dispatcher_is_the_dispatchers(op):
+    f, *shapes = DIFFERENTIABLE[op]
+    outputs, direct = gradients(f, *shapes)
+    assert "DirectBackward" in makers(outputs)
+    with torch.device("cpu"):           # a mode, as far as torch is concerned
+        outputs, dispatched = gradients(f, *shapes)
+    assert any(op in name for name in makers(outputs))
+    assert all(map(torch.equal, direct, dispatched))
+
+
+def test_every_differentiable_op_is_among_them():
+    assert DIFFERENTIABLE.keys() == _ops._gradients.keys()
+
+
+def test_a_second_derivative_is_refused():
+    x = torch.rand(3, 5, requires_grad=True)
+    grad, = torch.autograd.grad(onepass.gumbel_softmax(x, seed=1).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
 
 
 def test_info():

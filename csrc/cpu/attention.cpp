@@ -5,9 +5,12 @@
 //  - many rows (queries times heads of a group): tiles of TALL rows against tiles of KEYS keys (attention_many.h);
 //  - up to SPLIT rows: also cut along the keys in chunks from the first valid one; the partial results are combined in
 //    ascending order;
-//  - up to FEW of them: where heads interleave in memory all heads walk the tokens together (attention_few.h). There
-//    every read of a word asks for the one that comes in its place next, keys while keys are read and values while
-//    values are: asking for both at once, or a whole tile ahead for all heads, reached 60% of the bandwidth of this.
+//  - up to FEW of them: lanes are channels and keys (attention_few.h);
+//  - where heads interleave in memory, HEADS of up to SOME rows or all heads of FEW walk the tokens together.
+// What comes next is asked for a line at a time beside the work: of few rows with every read of a word the one that comes
+// in its place next, keys while keys are read and values while values are (both at once, or a whole tile ahead for all
+// heads, reached 60% of the bandwidth of this); of many rows with every other step of a product. In bursts of a
+// block's lines, a head at a time, 32 rows of 8 heads against 4096 keys took 1.25 times as long.
 #include "attention_few.h"
 #include "attention_many.h"
 #include "range.h"
@@ -34,9 +37,9 @@ void begin_rows(const Unit& u, const Sizes& s, const Scratch& w) {
   float* lines = is_few ? w.q : w.scores;  // many rows: turned from here, W rows at a time
   float buffer[MAX_DIM + 2 * W];
   for (int64_t r = 0; r < rows * (u.head_end - u.head); ++r) {
-    const int64_t at = u.from + r % rows, i = at / group, h = (u.head + r / rows) * group + at % group;
-    const Q* x = query<Q>(p, u.row, i, h);
-    float* q = lines + (is_few ? r : r % W) * s.q_step;
+    const int64_t head = r / rows, line = r % rows, at = u.from + line, i = at / group;
+    const Q* x = query<Q>(p, u.row, i, (u.head + head) * group + at % group);
+    float* q = lines + (is_few ? r : line % W) * s.q_step;
     if (!p.rotary.cos) {
       for (int64_t k = 0; k < s.q_step; k += W)
         store(q + k, k * PER < p.head_dim ? words<Q, DOT>(x, k * PER, p.head_dim) : F32{});
@@ -50,11 +53,11 @@ void begin_rows(const Unit& u, const Sizes& s, const Scratch& w) {
           store(q + d, load(buffer + d));
       }
     }
-    if (!is_few && (r % W == W - 1 || r == rows - 1))
-      turn(lines, s.q_step, r % W + 1, DOT ? s.q_step / 2 : s.q_step, w.q + r / W * W, TALL);
+    if (!is_few && (line % W == W - 1 || line == rows - 1))
+      turn(lines, s.q_step, line % W + 1, DOT ? s.q_step / 2 : s.q_step, w.of_head(head, s).q + line / W * W, TALL);
     std::memset(u.c + r * u.c_step, 0, s.c_step * sizeof(float));
   }
-  const int64_t states = is_few ? rows * (u.head_end - u.head) : TALL;
+  const int64_t states = (is_few ? rows : TALL) * (u.head_end - u.head);
   for (int64_t r = 0; r < states; ++r) w.top[r] = EMPTY;
   std::memset(w.total, 0, states * W * sizeof(float));
 }
@@ -137,18 +140,26 @@ void run(const Unit& u, const Sizes& s, Scratch& w) {
     const int ahead = static_cast<int>(most(0, least(KEYS, u.row.end - at - KEYS)));
     locate<T>(p, u.row, at + KEYS, ahead, w.then);
     located = ahead;
-    if (!is_few) many<T, DOT>(u, s, w, at, count, ahead);
-    for (int64_t head = u.head; is_few && head < u.head_end; ++head) few<T, DOT>(u, s, w, head, at, count, ahead);
+    for (int64_t head = u.head; head < u.head_end; ++head) {
+      // The next head of this tile, or the first of the next one: what comes next, and no more than the cache can hold.
+      const bool turn = head + 1 == u.head_end;
+      const Next next{turn ? (ahead ? w.then : nullptr) : w.now, turn ? u.head : head + 1};
+      if (is_few)
+        few<T, DOT>(u, s, w, head, at, count, next);
+      else
+        many<T, DOT>(u.of_head(head), s, w.of_head(head - u.head, s), at, count, next);
+    }
   }
   const int64_t group = p.heads / p.kv_heads, rows = u.to - u.from;
   for (int64_t r = 0; r < rows * (u.head_end - u.head); ++r) {
-    const int64_t line = u.from + r % rows, head = u.head + r / rows;
-    const float total = is_few ? sum(load(w.total + r * W)) : w.total[r];
+    const int64_t line = u.from + r % rows, head = r / rows, state = is_few ? r : head * TALL + r % rows;
+    const float top = w.top[state], total = is_few ? sum(load(w.total + r * W)) : w.total[state];
     if (u.row.chunks == 1) {
-      finish_row<Q>(p, u.row, line / group, head * group + line % group, u.c + r * u.c_step, w.top[r], total);
+      const int64_t h = (u.head + head) * group + line % group;
+      finish_row<Q>(p, u.row, line / group, h, u.c + r * u.c_step, top, total);
       continue;
     }
-    u.c[r * s.part + s.c_step] = w.top[r];
+    u.c[r * s.part + s.c_step] = top;
     u.c[r * s.part + s.c_step + 1] = total;
   }
 }
@@ -187,10 +198,8 @@ Unit unit_of(const Attention& p, const Row& row, int64_t at, const Sizes& s, con
     u.end = least(row.end, u.begin + row.chunk);
     at /= row.chunks;
   }
-  if (!row.together) {
-    u.head = at;
-    u.head_end = at + 1;
-  }
+  u.head = at * row.heads;
+  u.head_end = least(p.kv_heads, u.head + row.heads);
   if (row.chunks > 1) {
     u.c = parts + (u.chunk * p.kv_heads + u.head) * row.rows * s.part;
     u.c_step = s.part;

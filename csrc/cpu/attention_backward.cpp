@@ -183,17 +183,18 @@ class Pair {
     for (int64_t g = 0; g < groups; ++g) with_terms(g, [&](const Terms* terms) { probabilities(g, terms); });
 
     static constexpr float ones[ROWS] = {1, 1, 1, 1, 1, 1};
+    Fetch nothing;
     for (int64_t j = 0; j < count; j += ROWS) {
       const int n = static_cast<int>(least(ROWS, count - j));
       values_product<false, true>(n, t.probabilities + j * TALL, TALL, t.grad, t.v_step, rows, ones,
-                                  t.dv + j * t.v_step, t.v_step, t.v_step / W);
+                                  t.dv + j * t.v_step, t.v_step, t.v_step / W, nothing);
       values_product<false, true>(n, t.grad_probabilities + j * TALL, TALL, t.q, t.q_step, rows, ones,
-                                  t.dk + j * t.q_step, t.q_step, t.q_step / W);
+                                  t.dk + j * t.q_step, t.q_step, t.q_step / W, nothing);
     }
     for (int64_t r = 0; r < rows; r += ROWS) {
       const int n = static_cast<int>(least(ROWS, rows - r));
       values_product<false, false>(n, t.grad_probabilities + r, TALL, t.k, t.q_step, count, nullptr,
-                                   t.dq + r * t.q_step, t.q_step, t.q_step / W);
+                                   t.dq + r * t.q_step, t.q_step, t.q_step / W, nothing);
     }
     for (int64_t r = 0; r < rows; ++r) {
       float* to = head_at<float>(p, u.row, b.dq, (u.from + r) / group, u.head * group + (u.from + r) % group);
@@ -229,7 +230,8 @@ class Pair {
   void product(const float* keys, int64_t step, const float* turned, int64_t dim, float* result) const {
     const float* key[KEYS];
     for (int j = 0; j < KEYS; ++j) key[j] = keys + least(j, count - 1) * step;
-    scores_product<false>(key, count, turned, groups, dim, result, nullptr, 0, 0,
+    Fetch nothing;
+    scores_product<false>(key, count, turned, groups, dim, result, nothing,
                           [&](int64_t g, int j) { return seen[g].to <= j || seen[g].from >= j + KEY_ROWS; });
   }
 

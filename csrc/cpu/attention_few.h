@@ -193,18 +193,15 @@ static void soften(const Attention& p, const Row& row, int64_t i, int64_t h, int
 }
 
 template <class T, bool DOT, int R, bool FETCH>
-static void few_rows(const Unit& u, const Sizes& s, const Scratch& w, int64_t head, int64_t at, int count, int ahead,
-                     int64_t r) {
+static void few_rows(const Unit& u, const Sizes& s, const Scratch& w, int64_t head, int64_t at, int count,
+                     const Next& coming, int64_t r) {
   const Attention& p = u.p;
   const int64_t group = p.heads / p.kv_heads, state = (head - u.head) * (u.to - u.from) + r;
   const int64_t key_bytes = p.k.head * head * sizeof(T), value_bytes = p.v.head * head * sizeof(T);
   const auto key = [&](int j) { return reinterpret_cast<const T*>(w.now->key[j] + key_bytes); };
   const auto value = [&](int j) { return reinterpret_cast<const T*>(w.now->value[j] + value_bytes); };
-  // The next head of this tile, or the first of the next one: what comes next, and no more than the cache can hold.
-  const bool turn = head + 1 == u.head_end && ahead;
-  const Places* from = turn ? w.then : w.now;
-  const int64_t then = head + 1 < u.head_end ? head + 1 : u.head;
-  const int64_t next_key = p.k.head * then * sizeof(T), next_value = p.v.head * then * sizeof(T);
+  const Places* from = coming.places ? coming.places : w.now;
+  const int64_t next_key = p.k.head * coming.head * sizeof(T), next_value = p.v.head * coming.head * sizeof(T);
   const auto key_then = [&](int j) { return reinterpret_cast<const T*>(from->key[j] + next_key); };
   const auto value_then = [&](int j) { return reinterpret_cast<const T*>(from->value[j] + next_value); };
   dots<T, DOT, R, FETCH>(w.q + state * s.q_step, s.q_step, key, key_then, count, p.head_dim, w.scores, KEYS);
@@ -218,19 +215,20 @@ static void few_rows(const Unit& u, const Sizes& s, const Scratch& w, int64_t he
 }
 
 template <class T, bool DOT>
-static void few(const Unit& u, const Sizes& s, const Scratch& w, int64_t head, int64_t at, int count, int ahead) {
+static void few(const Unit& u, const Sizes& s, const Scratch& w, int64_t head, int64_t at, int count,
+                const Next& coming) {
   int64_t r = 0;
   const int64_t rows = u.to - u.from;
   if constexpr (IS_CODE<T>) read_scales(u.p, w, head);
   const auto take = [&](auto fetch) {
     if (r + 4 <= rows) {
-      few_rows<T, DOT, 4, fetch>(u, s, w, head, at, count, ahead, r);
+      few_rows<T, DOT, 4, fetch>(u, s, w, head, at, count, coming, r);
       r += 4;
     } else if (r + 2 <= rows) {
-      few_rows<T, DOT, 2, fetch>(u, s, w, head, at, count, ahead, r);
+      few_rows<T, DOT, 2, fetch>(u, s, w, head, at, count, coming, r);
       r += 2;
     } else {
-      few_rows<T, DOT, 1, fetch>(u, s, w, head, at, count, ahead, r);
+      few_rows<T, DOT, 1, fetch>(u, s, w, head, at, count, coming, r);
       r += 1;
     }
   };

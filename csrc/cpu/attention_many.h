@@ -99,11 +99,12 @@ static void soften_rows(const Attention& p, const Seen& seen, bool plain, int co
 // ---- a tile ----
 
 template <class T, bool DOT>
-static void many(const Unit& u, const Sizes& s, const Scratch& w, int64_t at, int count, int ahead) {
+static void many(const Unit& u, const Sizes& s, const Scratch& w, int64_t at, int count, const Next& next) {
   const Attention& p = u.p;
   constexpr int PAIR = DOT ? 2 : 1;
   const int64_t rows = u.to - u.from, groups = (rows + W - 1) / W, group = p.heads / p.kv_heads;
   const int64_t key_bytes = p.k.head * u.head * sizeof(T), value_bytes = p.v.head * u.head * sizeof(T);
+  const int64_t next_key = p.k.head * next.head * sizeof(T), next_value = p.v.head * next.head * sizeof(T);
   const int64_t depth = (p.head_dim + PAIR - 1) / PAIR, vectors = (p.value_dim + W - 1) / W;
   Seen seen[TALL / W];
   for (int64_t g = 0; g < groups; ++g) seen[g] = seen_by(u, u.from + g * W, at, count);
@@ -116,8 +117,12 @@ static void many(const Unit& u, const Sizes& s, const Scratch& w, int64_t at, in
   }
   pack_values<T, DOT>([&](int j) { return reinterpret_cast<const T*>(w.now->value[j] + value_bytes); }, count,
                       p.value_dim, s.c_step, w.values);
-  scores_product<DOT>(key, count, w.q, groups, depth, w.scores, ahead ? w.then->key : nullptr, key_bytes,
-                      sizeof(T) * PAIR,
+  Fetch keys_ahead, values_ahead;
+  if (next.places) {
+    keys_ahead = {next.places->key, KEYS, next_key, next_key + p.head_dim * static_cast<int64_t>(sizeof(T))};
+    values_ahead = {next.places->value, KEYS, next_value, next_value + p.value_dim * static_cast<int64_t>(sizeof(T))};
+  }
+  scores_product<DOT>(key, count, w.q, groups, depth, w.scores, keys_ahead,
                       [&](int64_t g, int j) { return seen[g].to <= j || seen[g].from >= j + KEY_ROWS; });
   const bool plain = is_plain(p);
   for (int64_t g = 0; g < groups; ++g) {
@@ -136,16 +141,13 @@ static void many(const Unit& u, const Sizes& s, const Scratch& w, int64_t at, in
   const int64_t blocks = (rows + ROWS - 1) / ROWS;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t r = rows * block / blocks, n = rows * (block + 1) / blocks - r;
-    const int64_t j = KEYS * block / blocks;
-    if (ahead)
-      fetch(w.then->value + j, KEYS * (block + 1) / blocks - j, value_bytes, value_bytes + p.value_dim * sizeof(T));
     const int low = span(p, u.row, (u.from + r) / group, at, count).low;
     const int high = span(p, u.row, (u.from + r + n - 1) / group, at, count).high;
     if (low >= high) continue;  // no row of the block sees the tile: their sums stay
     const int start = low / PAIR, length = (high + PAIR - 1) / PAIR - start;
     const float *weights = w.scores + start * TALL + r, *values = w.values + start * s.c_step;
     values_product<DOT, false>(static_cast<int>(n), weights, TALL, values, s.c_step, length, w.alpha + r,
-                               u.c + r * u.c_step, u.c_step, vectors);
+                               u.c + r * u.c_step, u.c_step, vectors, values_ahead);
   }
 }
 

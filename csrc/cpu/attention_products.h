@@ -10,23 +10,35 @@ namespace {
 inline constexpr int QUERY_VECTORS = 3, KEY_ROWS = W == 16 ? 8 : 4;
 inline constexpr int ROWS = 6, COLUMNS = W == 16 ? 4 : 2;
 
-// Asks for bytes [from, to) of what comes next, from each of `count` pointers.
-static inline void fetch(const char* const* next, int64_t count, int64_t from, int64_t to) {
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t at = from; at < to; at += 64) __builtin_prefetch(next[i] + at, 0, 2);
-}
+// Asks for bytes [from, to) behind each of some pointers, a cache line at a time: of a burst of lines each waits for the
+// others, and products for them all.
+struct Fetch {
+  const char *const *next, *const *last;
+  int64_t from, to, at;
 
-// scores[key][row] of KEY_ROWS keys and N vectors of rows: key[i] points to words, q is [word][row]. What comes next,
-// unless null, lies `skip` bytes behind its pointers and has `bytes` a word.
+  Fetch() : next(nullptr), last(nullptr), from(0), to(0), at(0) {}
+  Fetch(const char* const* pointers, int64_t count, int64_t from, int64_t to)
+      : next(pointers), last(pointers + count), from(from), to(to), at(from) {}
+  void line() {
+    if (next == last) return;
+    __builtin_prefetch(*next + at, 0, 2);
+    at += 64;
+    if (at < to) return;
+    at = from;
+    ++next;
+  }
+};
+
+// scores[key][row] of KEY_ROWS keys and N vectors of rows: key[i] points to words, q is [word][row].
 template <bool DOT, int N>
 static void scores_block(const float* const* key, const float* q, int64_t q_step, int64_t words, float* scores,
-                         int64_t step, const char* const* next, int64_t skip, int64_t bytes) {
+                         int64_t step, Fetch& ahead) {
   for (int64_t k = 0; k < words;) {
     const bool first = k == 0;
     const int64_t end = least(words, k + CHAIN<DOT>);
-    if (next) fetch(next, KEY_ROWS, skip + k * bytes, skip + end * bytes);
     F32 acc[KEY_ROWS][N] = {};
     for (; k < end; ++k) {
+      if (k % 2 == 0) ahead.line();
       F32 row[N];
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) row[n] = load(q + k * q_step + n * W);
@@ -49,13 +61,14 @@ static void scores_block(const float* const* key, const float* q, int64_t q_step
 // [word][channel]. alpha null: c is not read.
 template <bool DOT, bool ACROSS, int R, int N>
 static void values_block(const float* p, int64_t p_step, const float* v, int64_t v_step, int64_t depth,
-                         const float* alpha, float* c, int64_t c_step) {
+                         const float* alpha, float* c, int64_t c_step, Fetch& ahead) {
   constexpr int PARTS = WAYS<DOT, N>;
   for (int64_t k = 0; k < depth;) {
     const bool first = k == 0;
     const int64_t end = least(depth, k + CHAIN<DOT> * PARTS);
     F32 acc[R][N][PARTS] = {};
     const auto add = [&](int64_t k, int part) {
+      ahead.line();
       F32 column[N];
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) column[n] = load(v + k * v_step + n * W);
@@ -86,34 +99,33 @@ static void values_block(const float* p, int64_t p_step, const float* v, int64_t
 
 template <bool DOT, bool ACROSS, int N>
 static void values_block_of(int rows, const float* p, int64_t p_step, const float* v, int64_t v_step, int64_t depth,
-                            const float* alpha, float* c, int64_t c_step) {
+                            const float* alpha, float* c, int64_t c_step, Fetch& ahead) {
   switch (rows) {
-    case 6: return values_block<DOT, ACROSS, 6, N>(p, p_step, v, v_step, depth, alpha, c, c_step);
-    case 5: return values_block<DOT, ACROSS, 5, N>(p, p_step, v, v_step, depth, alpha, c, c_step);
-    case 4: return values_block<DOT, ACROSS, 4, N>(p, p_step, v, v_step, depth, alpha, c, c_step);
-    case 3: return values_block<DOT, ACROSS, 3, N>(p, p_step, v, v_step, depth, alpha, c, c_step);
-    case 2: return values_block<DOT, ACROSS, 2, N>(p, p_step, v, v_step, depth, alpha, c, c_step);
-    case 1: return values_block<DOT, ACROSS, 1, N>(p, p_step, v, v_step, depth, alpha, c, c_step);
+    case 6: return values_block<DOT, ACROSS, 6, N>(p, p_step, v, v_step, depth, alpha, c, c_step, ahead);
+    case 5: return values_block<DOT, ACROSS, 5, N>(p, p_step, v, v_step, depth, alpha, c, c_step, ahead);
+    case 4: return values_block<DOT, ACROSS, 4, N>(p, p_step, v, v_step, depth, alpha, c, c_step, ahead);
+    case 3: return values_block<DOT, ACROSS, 3, N>(p, p_step, v, v_step, depth, alpha, c, c_step, ahead);
+    case 2: return values_block<DOT, ACROSS, 2, N>(p, p_step, v, v_step, depth, alpha, c, c_step, ahead);
+    case 1: return values_block<DOT, ACROSS, 1, N>(p, p_step, v, v_step, depth, alpha, c, c_step, ahead);
   }
 }
 
 // Up to ROWS rows of c [vectors] = alpha c + p v.
 template <bool DOT, bool ACROSS>
 static void values_product(int rows, const float* p, int64_t p_step, const float* v, int64_t v_step, int64_t depth,
-                           const float* alpha, float* c, int64_t c_step, int64_t vectors) {
+                           const float* alpha, float* c, int64_t c_step, int64_t vectors, Fetch& ahead) {
   int64_t d = 0;
   for (; d + COLUMNS <= vectors; d += COLUMNS)
-    values_block_of<DOT, ACROSS, COLUMNS>(rows, p, p_step, v + d * W, v_step, depth, alpha, c + d * W, c_step);
+    values_block_of<DOT, ACROSS, COLUMNS>(rows, p, p_step, v + d * W, v_step, depth, alpha, c + d * W, c_step, ahead);
   for (; d < vectors; ++d)
-    values_block_of<DOT, ACROSS, 1>(rows, p, p_step, v + d * W, v_step, depth, alpha, c + d * W, c_step);
+    values_block_of<DOT, ACROSS, 1>(rows, p, p_step, v + d * W, v_step, depth, alpha, c + d * W, c_step, ahead);
 }
 
 // scores[key][row] of `count` keys and the groups of W rows that `unseen(group, key)` lets pass.
 template <bool DOT, class Unseen>
 static void scores_product(const float* const* key, int count, const float* q, int64_t groups, int64_t words,
-                           float* scores, const char* const* next, int64_t skip, int64_t bytes, Unseen&& unseen) {
+                           float* scores, Fetch& ahead, Unseen&& unseen) {
   for (int j = 0; j < count; j += KEY_ROWS) {
-    const char* const* then = next ? next + j : nullptr;
     for (int64_t g = 0; g < groups;) {
       if (unseen(g, j)) {
         ++g;
@@ -122,8 +134,7 @@ static void scores_product(const float* const* key, int count, const float* q, i
       int64_t run = 1;
       while (run < QUERY_VECTORS && g + run < groups && !unseen(g + run, j)) ++run;
       const auto block = run == 3 ? scores_block<DOT, 3> : run == 2 ? scores_block<DOT, 2> : scores_block<DOT, 1>;
-      block(key + j, q + g * W, TALL, words, scores + j * TALL + g * W, TALL, then, skip, bytes);
-      then = nullptr;
+      block(key + j, q + g * W, TALL, words, scores + j * TALL + g * W, TALL, ahead);
       g += run;
     }
   }

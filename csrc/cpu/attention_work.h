@@ -8,9 +8,10 @@ namespace onepass::ONEPASS_ISA {
 namespace {
 
 // Rows; lanes are rows only of more than FEW, for fewer do not fill them.
-constexpr int64_t TALL = 96, SPLIT = 64, FEW = 3 * W / 2;
-constexpr int64_t STATES = 512;  // rows of all heads that a thread walks the tokens with
-constexpr int KEYS = 64;         // of a tile
+constexpr int64_t TALL = 96, SPLIT = 64, FEW = W - 1;
+constexpr int64_t STATES = 512;             // few rows of all heads that a thread walks the tokens with
+constexpr int64_t SOME = 2 * W, HEADS = 4;  // of up to so many rows it walks with so many heads
+constexpr int KEYS = 64;                    // of a tile
 static_assert(TALL % W == 0 && KEYS % W == 0);
 constexpr int64_t MAX_DIM = 256;
 constexpr float EMPTY = -__builtin_inff();
@@ -22,7 +23,7 @@ constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 // A row of the batch: its sizes, how its work is cut, and where its parts begin.
 struct Row {
   int64_t b, queries, keys, first, begin, end, rows, chunks, chunk, tiles;
-  bool together;  // all heads in one unit
+  int64_t heads;  // of a unit: several where they interleave in memory
 
   Row(const Attention& p, int64_t index) : b(index) {
     const Cache& c = p.cache;
@@ -34,14 +35,17 @@ struct Row {
     end = p.window_right < 0 ? keys : least(keys, keys + p.window_right);
     if (end < begin) end = begin;
     const bool split = rows <= SPLIT;
-    together = rows <= FEW && rows * p.kv_heads <= STATES && p.k.head < p.k.step;
+    heads = p.k.head >= p.k.step          ? 1
+            : rows > FEW                  ? (rows <= SOME ? HEADS : 1)
+            : rows * p.kv_heads <= STATES ? p.kv_heads
+                                          : 1;
     // More rows write larger partial results: they are cut into fewer chunks.
     const int64_t pieces = rows ? most(8, least(32, 256 / rows)) : 1;
     chunk = split ? most(128, round_up((end - begin + pieces - 1) / pieces, KEYS)) : most(end - begin, 1);
     chunks = split ? most(1, (end - begin + chunk - 1) / chunk) : 1;
     tiles = split ? (rows ? 1 : 0) : (rows + TALL - 1) / TALL;
   }
-  int64_t units(const Attention& p) const { return chunks * tiles * (together ? 1 : p.kv_heads); }
+  int64_t units(const Attention& p) const { return chunks * tiles * ((p.kv_heads + heads - 1) / heads); }
   int64_t parts(const Attention& p) const { return chunks > 1 ? chunks * p.kv_heads * rows : 0; }
   // The key that query i sits at.
   int64_t place(int64_t i) const { return keys - queries + i; }
@@ -54,7 +58,7 @@ struct Sizes {
   explicit Sizes(const Attention& p) {
     q_step = round_up(p.head_dim, 2 * W);
     c_step = round_up(p.value_dim, 2 * W);
-    state_rows = most(TALL, least(STATES, p.kv_heads * FEW));
+    state_rows = most(HEADS * TALL, least(STATES, p.kv_heads * FEW));
     part = c_step + W;
   }
 };
@@ -82,6 +86,15 @@ struct Scratch {
   float *key_scale, *value_scale;  // of the head at hand
   Places *now, *then;              // this tile and the next one
 
+  // Of many rows: the same with the state of the unit's head `head`.
+  Scratch of_head(int64_t head, const Sizes& s) const {
+    Scratch other = *this;
+    other.q += head * TALL * s.q_step;
+    other.top += head * TALL;
+    other.total += head * TALL;
+    return other;
+  }
+
   void advance() {
     Places* const next = then;
     then = now;
@@ -89,7 +102,7 @@ struct Scratch {
   }
 
   Scratch(Arena& arena, const Sizes& s) {
-    q = arena.take<float>(s.state_rows * s.q_step);  // few rows: [row][word]; many: [word][row]
+    q = arena.take<float>(s.state_rows * s.q_step);  // few rows: [row][word]; many: [word][row], TALL rows a head
     c = arena.take<float>(s.state_rows * s.c_step);
     top = arena.take<float>(s.state_rows);
     total = arena.take<float>(s.state_rows * W);  // few rows: W lanes each
@@ -132,6 +145,20 @@ struct Unit {
   int64_t head, head_end, from, to, begin, end, chunk;
   float* c;  // the sums of row r at c + r * c_step: in scratch, or where the partial result is to lie
   int64_t c_step;
+
+  Unit of_head(int64_t one) const {
+    Unit other = *this;
+    other.c += (one - head) * (to - from) * c_step;
+    other.head = one;
+    other.head_end = one + 1;
+    return other;
+  }
+};
+
+// The keys and values that come next: of which head, null at the end.
+struct Next {
+  const Places* places;
+  int64_t head;
 };
 
 // Keys [low, high) of the tile at `at`, `count` long, are those that query i may see.

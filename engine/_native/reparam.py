@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _C, DTYPES, by_rows, empty_like, kernels, pointer, random_keys, row_length
+from . import DTYPES, by_rows, empty_like, kernels, pointer, random_keys, row_length
 
 
 def forward(
@@ -23,10 +23,10 @@ def forward(
             drawn, d_step = by_rows(noise, length)
         else:
             keys, per_row = random_keys(seed, seeds, stream, streams, offset, offsets)
-        partial = None
-        if kl and length > _C.KL_TILE:
-            partial = mean.new_empty(rows * -(-length // _C.KL_TILE), dtype=torch.float64)
         native, place = kernels(mean)
+        partial = None
+        if kl and length > native.KL_TILE:
+            partial = mean.new_empty(rows * -(-length // native.KL_TILE), dtype=torch.float64)
         native.reparam_forward(
             rows, length, DTYPES[mean.dtype], m.data_ptr(), m_step, v.data_ptr(), v_step, pointer(drawn), d_step,
             keys, per_row, place, z.data_ptr(), total.data_ptr() if kl else 0, pointer(partial),

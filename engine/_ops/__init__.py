@@ -1,7 +1,8 @@
 """Every core op as torch.ops.onepass.<name>, defined from the table; and `route`, which picks the shorter path.
 
-With plain tensors an implementation is called directly: the dispatcher would cost several microseconds. Under
-torch.compile, functorch, modes, subclasses, autocast and autograd the torch.library op is called.
+With plain tensors an implementation is called directly, where a gradient is wanted inside an autograd.Function made of
+the same two functions that torch.library was given: the dispatcher would cost several microseconds, its autograd tens.
+Under torch.compile, functorch, modes, subclasses and autocast the torch.library op is called.
 
 Checks cost more than a small call's work, so a public function keeps what it found: `signature` says all that checks
 and choices read of a call, and for a call with the signature of an earlier one `recall` returns what that one kept.
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
+from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from .. import _native, registry
@@ -40,6 +42,29 @@ def _define(op: registry.Op) -> None:
 for _op in registry.OPS.values():
     _define(_op)
 
+_gradients: dict[str, type[torch.autograd.Function]] = {}
+
+
+def differentiable(name: str, save: Callable[..., None], gradient: Callable[..., tuple[Tensor | None, ...]]) -> None:
+    """Gives core op `name` its gradient, as torch.library.register_autograd takes it: save(ctx, inputs,
+    keyword_only_inputs, output) and gradient(ctx, *grads), one for each input."""
+    torch.library.register_autograd("onepass::" + name, gradient, setup_context=save, lib=library)
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            *inputs, function, backend = args
+            output = function(*inputs)
+            save(ctx, tuple(inputs), {"backend": backend}, output)
+            return output
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            return *gradient(ctx, *grads), None, None
+
+    _gradients[name] = Direct
+
 
 def _undisturbed() -> bool:
     """Neither compiled nor under a mode, a transform or autocast."""
@@ -52,27 +77,29 @@ def _undisturbed() -> bool:
     )
 
 
-def plain(args: tuple[Any, ...]) -> bool:
-    """Whether an implementation may be called directly."""
+def _kinds(args: tuple[Any, ...]) -> tuple[bool, bool]:
+    """Whether an implementation may be called directly, and whether a gradient is wanted then."""
     if not _undisturbed():
-        return False
-    grad = torch.is_grad_enabled()
+        return False, False
+    grad = False
     for x in args:
         kind = type(x)
         if kind is Tensor or kind is Parameter:
-            if grad and x.requires_grad:
-                return False
+            grad = grad or x.requires_grad
         elif kind not in SCALARS and isinstance(x, Tensor):
-            return False
-    return True
+            return False, False
+    return True, grad and torch.is_grad_enabled()
 
 
 def route(name: str, args: tuple[Any, ...], backend: str | None = None) -> Callable[..., Any]:
     """What runs this call of core op `name` and others of the same signature: f(*args), or f(*args, out=out) with a
     tensor, or a tuple of tensors and None, as the op returns them."""
-    if plain(args):
+    direct, grad = _kinds(args)
+    if direct and (not grad or name in _gradients):
         chosen = registry.choose(name, args, backend)
         function = registry.OPS[name].impls[chosen].function
+        if grad:
+            return functools.partial(_with_gradient, _gradients[name], function, chosen)
         return functools.partial(_copying, function) if chosen == "reference" else function
     if not torch.compiler.is_compiling():       # so that backward uses the backend that forward used
         backend = registry.choose(name, args, backend)
@@ -87,6 +114,12 @@ def call(name: str, *args: Any, backend: str | None = None, out: Any = None) -> 
 
 def _copying(function: Callable[..., Any], *args: Any, out: Any = None) -> Any:
     return _deliver(function(*args), out)
+
+
+def _with_gradient(
+    gradient: type[torch.autograd.Function], function: Callable[..., Any], backend: str, *args: Any, out: Any = None
+) -> Any:
+    return _deliver(gradient.apply(*args, function, backend), out)
 
 
 def _dispatched(name: str, backend: str | None, *args: Any, out: Any = None) -> Any:

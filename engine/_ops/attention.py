@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import library
+from . import call, differentiable, library
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -69,7 +69,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any]
 def _gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, alibi_slopes, sinks, mask = ctx.saved_tensors
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    dq, dk, dv, dsinks = torch.ops.onepass.attention_backward(
+    dq, dk, dv, dsinks = call(
+        "attention_backward",
         grad_out, grad_lse, q, k, v, out, lse, *ctx.options, alibi_slopes, sinks, mask, backend=ctx.backend
     )
     return dq, dk, dv, *(None,) * len(ctx.options), None, None if sinks is None else dsinks, None
@@ -85,14 +86,15 @@ def _merge_save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str
 def _merge_gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     outs, lses, out, lse, sinks = ctx.saved_tensors
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    douts, dlses, dsinks = torch.ops.onepass.merge_attention_backward(
+    douts, dlses, dsinks = call(
+        "merge_attention_backward",
         grad_out, grad_lse, outs, lses, out, lse, sinks, backend=ctx.backend
     )
     return douts, dlses, None if sinks is None else dsinks
 
 
-torch.library.register_autograd("onepass::attention_forward", _gradient, setup_context=_save, lib=library)
-torch.library.register_autograd("onepass::merge_attention", _merge_gradient, setup_context=_merge_save, lib=library)
+differentiable("attention_forward", _save, _gradient)
+differentiable("merge_attention", _merge_save, _merge_gradient)
 
 
 def _pair_flops(q_shape: Any, k_shape: Any, v_shape: Any, causal: bool) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _checks as check
-from . import library
+from . import call, differentiable, library
 from .attention import lse_dtype
 
 
@@ -40,14 +40,15 @@ def _gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     if k.dim() == 4:
         raise ValueError("k has pages, which are for inference: expected rows packed end to end where a gradient flows")
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    dq, dk, dv, dsinks = torch.ops.onepass.attention_varlen_backward(
+    dq, dk, dv, dsinks = call(
+        "attention_varlen_backward",
         grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.longest, *ctx.scores, alibi_slopes,
         sinks, backend=ctx.backend,
     )
     return dq, dk, dv, *(None,) * (5 + len(ctx.scores)), None, None if sinks is None else dsinks
 
 
-torch.library.register_autograd("onepass::attention_varlen_forward", _gradient, setup_context=_save, lib=library)
+differentiable("attention_varlen_forward", _save, _gradient)
 
 
 def _pairs(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import library
+from . import call, differentiable, library
 
 
 @torch.library.register_fake("onepass::gumbel_softmax", lib=library)
@@ -29,10 +29,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any]
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     logits, seeds, streams, offsets = ctx.saved_tensors
     seed, stream, offset, tau = ctx.numbers
-    grad_logits = torch.ops.onepass.gumbel_softmax_backward(
-        grad, logits, seed, seeds, stream, streams, offset, offsets, tau, backend=ctx.backend
+    grad_logits = call(
+        "gumbel_softmax_backward", grad, logits, seed, seeds, stream, streams, offset, offsets, tau, backend=ctx.backend
     )
     return grad_logits, *(None,) * 8
 
 
-torch.library.register_autograd("onepass::gumbel_softmax", _gradient, setup_context=_save, lib=library)
+differentiable("gumbel_softmax", _save, _gradient)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..reference.latent import draws
-from . import library
+from . import call, differentiable, library
 
 
 def half_shape(mean: Tensor, logvar: Tensor | None, chunk_dim: int) -> list[Any]:
@@ -66,7 +66,8 @@ def _gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     given = [grad if i < count else None for i, grad in enumerate(grads)]
     noise_grad = noise is not None and ctx.needs_input_grad[2]
     prior_grad = prior_mean is not None and (ctx.needs_input_grad[9] or ctx.needs_input_grad[10])
-    grad_mean, grad_logvar, grad_noise, *on_prior = torch.ops.onepass.latent_sample_backward(
+    grad_mean, grad_logvar, grad_noise, *on_prior = call(
+        "latent_sample_backward",
         *given, mean, logvar, noise, seed, seeds, stream, streams, offset, offsets, prior_mean, prior_logvar,
         *ctx.options, noise_grad, prior_grad, backend=ctx.backend,
     )
@@ -76,4 +77,4 @@ def _gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.register_autograd("onepass::latent_sample", _gradient, setup_context=_save, lib=library)
+differentiable("latent_sample", _save, _gradient)

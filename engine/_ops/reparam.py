@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import library
+from . import call, differentiable, library
 
 
 def _kl_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -44,11 +44,12 @@ def _gradient(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> tuple[
     mean, logvar, noise, seeds, streams, offsets = ctx.saved_tensors
     seed, stream, offset = ctx.numbers
     noise_grad = noise is not None and ctx.needs_input_grad[2]
-    grad_mean, grad_logvar, grad_noise = torch.ops.onepass.reparameterize_backward(
+    grad_mean, grad_logvar, grad_noise = call(
+        "reparameterize_backward",
         grad_z, grad_kl if ctx.kl else None, mean, logvar, noise, seed, seeds, stream, streams, offset, offsets,
         noise_grad, backend=ctx.backend,
     )
     return grad_mean, grad_logvar, grad_noise if noise_grad else None, *(None,) * 7
 
 
-torch.library.register_autograd("onepass::reparameterize", _gradient, setup_context=_save, lib=library)
+differentiable("reparameterize", _save, _gradient)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import library
+from . import call, differentiable, library
 
 
 @torch.library.register_fake("onepass::composite", lib=library)
@@ -52,7 +52,8 @@ def _gradient(
 ) -> tuple[Tensor | None, ...]:
     slots = (0, 1, 2, 3, 4, 6, 7)  # of the inputs: all but ray_offsets
     needs = [ctx.needs_input_grad[i] for i in slots]
-    grads = torch.ops.onepass.composite_backward(
+    grads = call(
+        "composite_backward",
         features, depth, opacity, weights if ctx.return_weights else None, distortion if ctx.distortion else None,
         *ctx.saved_tensors, ctx.early_stop_eps, ctx.depth, needs, backend=ctx.backend,
     )
@@ -62,4 +63,4 @@ def _gradient(
     return tuple(result)
 
 
-torch.library.register_autograd("onepass::composite", _gradient, setup_context=_save, lib=library)
+differentiable("composite", _save, _gradient)
