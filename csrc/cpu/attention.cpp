@@ -7,9 +7,9 @@
 //    ascending order;
 //  - up to FEW of them: lanes are channels and keys (attention_few.h);
 //  - where heads interleave in memory, HEADS of up to SOME rows or all heads of FEW walk the tokens together.
-// What comes next is asked for a line at a time beside the work: of few rows with every read of a word the one that comes
-// in its place next, keys while keys are read and values while values are (both at once, or a whole tile ahead for all
-// heads, reached 60% of the bandwidth of this); of many rows with every other step of a product. In bursts of a
+// What comes next is asked for a line at a time beside the work: of few rows with every read of a word the one that
+// comes in its place next, keys while keys are read and values while values are (both at once, or a whole tile ahead
+// for all heads, reached 60% of the bandwidth of this); of many rows with every other step of a product. In bursts of a
 // block's lines, a head at a time, 32 rows of 8 heads against 4096 keys took 1.25 times as long.
 #include "attention_few.h"
 #include "attention_many.h"

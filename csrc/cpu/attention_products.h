@@ -10,8 +10,8 @@ namespace {
 inline constexpr int QUERY_VECTORS = 3, KEY_ROWS = W == 16 ? 8 : 4;
 inline constexpr int ROWS = 6, COLUMNS = W == 16 ? 4 : 2;
 
-// Asks for bytes [from, to) behind each of some pointers, a cache line at a time: of a burst of lines each waits for the
-// others, and products for them all.
+// Asks for bytes [from, to) behind each of some pointers, a cache line at a time: of a burst of lines each waits for
+// the others, and products for them all.
 struct Fetch {
   const char *const *next, *const *last;
   int64_t from, to, at;
