@@ -37,6 +37,11 @@ void begin_rows(const Unit& u, const Sizes& s, const Scratch& w) {
   float* lines = is_few ? w.q : w.scores;  // many rows: turned from here, W rows at a time
   float buffer[MAX_DIM + 2 * W];
   for (int64_t r = 0; r < rows * (u.head_end - u.head); ++r) {
+    const int64_t at = u.from + r % rows;
+    const Q* x = query<Q>(p, u.row, at / group, (u.head + r / rows) * group + at % group);
+    for (int64_t d = 0; d < p.head_dim; d += 64 / static_cast<int64_t>(sizeof(Q))) __builtin_prefetch(x + d);
+  }
+  for (int64_t r = 0; r < rows * (u.head_end - u.head); ++r) {
     const int64_t head = r / rows, line = r % rows, at = u.from + line, i = at / group;
     const Q* x = query<Q>(p, u.row, i, (u.head + head) * group + at % group);
     float* q = lines + (is_few ? r : line % W) * s.q_step;

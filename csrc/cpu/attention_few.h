@@ -180,9 +180,7 @@ static void soften(const Attention& p, const Row& row, int64_t i, int64_t h, int
   F32 sums{};
 #pragma GCC unroll 4
   for (int n = 0; n < KEYS / W; ++n) {
-    // Scaled and shifted in one rounding, of the difference: that of the product would be an error of the exponent.
-    const F32 over = fma(x[n], scale(n), splat(-shift));
-    F32 y = exp_negative(cut ? masked(over, n) : over);
+    F32 y = exp_above<DOT>(x[n], scale(n), splat(shift), [&](F32 over) { return cut ? masked(over, n) : over; });
     sums += y;
     if constexpr (CODES) y = y * load(value_scale + n * W);
     store_weights<DOT>(scores, n * W, y);

@@ -65,7 +65,7 @@ OP_INLINE void store_pairs(float* to, F32 even, [[maybe_unused]] F32 odd) {
 template <bool DOT, bool CODES, bool CUT>
 static void soften_rows(const Attention& p, const Seen& seen, bool plain, int count, float* scores, int64_t step,
                         const float* key_scale, const float* value_scale, float* top, float* row_total, float* alpha) {
-  constexpr int PAIR = DOT ? 2 : 1;
+  constexpr int PAIR = DOT ? 2 : 1, CHAINS = 4;  // of keys, short sums: see CHAIN
   const auto scale = [&](int j) {
     const float x = plain ? p.scale : 1.0f;
     return splat(CODES && plain ? x * key_scale[j] : x);
@@ -76,24 +76,32 @@ static void soften_rows(const Attention& p, const Seen& seen, bool plain, int co
     x = key < seen.low ? splat(EMPTY) : x;
     return key < seen.high ? x : splat(EMPTY);
   };
-  F32 best = load(top);
-  for (int j = seen.from; j < seen.to; ++j) best = max(masked(load(scores + j * step) * scale(j), j), best);
-  const F32 shift = best == EMPTY ? splat(0.0f) : best, keep = exp_negative(load(top) - shift);
-  F32 sums[4] = {};  // short chains: see CHAIN
-  const auto weight = [&](int j) {
-    if (j < seen.from || j >= seen.to) return F32{};
-    // Scaled and shifted in one rounding, of the difference: that of the product would be an error of the exponent.
-    const F32 y = exp_negative(masked(fma(load(scores + j * step), scale(j), -shift), j));
-    sums[j % 4] += y;
+  F32 best[CHAINS];
+  for (F32& x : best) x = load(top);
+  for (int j = seen.from; j < seen.to; j += CHAINS)
+#pragma GCC unroll 4
+    for (int i = 0; i < CHAINS; ++i)
+      if (j + i < seen.to) best[i] = max(masked(load(scores + (j + i) * step) * scale(j + i), j + i), best[i]);
+  const F32 highest = max(max(best[0], best[1]), max(best[2], best[3]));
+  const F32 shift = highest == EMPTY ? splat(0.0f) : highest, keep = exp_negative(load(top) - shift);
+  F32 sums[CHAINS] = {};
+  const auto weight = [&](int j, F32& total) {
+    const F32 y = exp_above<DOT>(load(scores + j * step), scale(j), shift, [&](F32 x) { return masked(x, j); });
+    total += y;
     return CODES ? y * value_scale[j] : y;
   };
-  for (int j = 0; j < count; j += PAIR) {
-    const F32 even = weight(j), odd = PAIR == 2 && j + 1 < count ? weight(j + 1) : F32{};
-    store_pairs<DOT>(scores + j / PAIR * step, even, odd);
+  for (int j = 0; j < count; j += CHAINS) {
+    F32 y[CHAINS];
+    const bool inside = j >= seen.from && j + CHAINS <= seen.to;
+#pragma GCC unroll 4
+    for (int i = 0; i < CHAINS; ++i)
+      y[i] = inside || (j + i >= seen.from && j + i < seen.to) ? weight(j + i, sums[i]) : F32{};
+#pragma GCC unroll 4
+    for (int i = 0; i < CHAINS; i += PAIR) store_pairs<DOT>(scores + (j + i) / PAIR * step, y[i], y[i + PAIR - 1]);
   }
   store(alpha, keep);
   store(row_total, fma(load(row_total), keep, total(sums)));
-  store(top, best);
+  store(top, highest);
 }
 
 // ---- a tile ----
@@ -106,8 +114,12 @@ static void many(const Unit& u, const Sizes& s, const Scratch& w, int64_t at, in
   const int64_t key_bytes = p.k.head * u.head * sizeof(T), value_bytes = p.v.head * u.head * sizeof(T);
   const int64_t next_key = p.k.head * next.head * sizeof(T), next_value = p.v.head * next.head * sizeof(T);
   const int64_t depth = (p.head_dim + PAIR - 1) / PAIR, vectors = (p.value_dim + W - 1) / W;
+  const auto span_of = [&](int64_t line) { return span(p, u.row, line / group, at, count); };
+  const bool whole = span_of(u.from).high == count && span_of(u.to - 1).low == 0;  // for every row
   Seen seen[TALL / W];
-  for (int64_t g = 0; g < groups; ++g) seen[g] = seen_by(u, u.from + g * W, at, count);
+  for (int64_t g = 0; g < groups; ++g)
+    seen[g] = whole ? Seen{splat(0.0f), splat(static_cast<float>(count)), 0, count, false}
+                    : seen_by(u, u.from + g * W, at, count);
   if constexpr (IS_CODE<T>) read_scales(p, w, u.head);
   const float* key[KEYS];
   for (int j = 0; j < KEYS; ++j) key[j] = reinterpret_cast<const float*>(w.now->key[j] + key_bytes);
@@ -141,8 +153,7 @@ static void many(const Unit& u, const Sizes& s, const Scratch& w, int64_t at, in
   const int64_t blocks = (rows + ROWS - 1) / ROWS;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t r = rows * block / blocks, n = rows * (block + 1) / blocks - r;
-    const int low = span(p, u.row, (u.from + r) / group, at, count).low;
-    const int high = span(p, u.row, (u.from + r + n - 1) / group, at, count).high;
+    const int low = whole ? 0 : span_of(u.from + r).low, high = whole ? count : span_of(u.from + r + n - 1).high;
     if (low >= high) continue;  // no row of the block sees the tile: their sums stay
     const int start = low / PAIR, length = (high + PAIR - 1) / PAIR - start;
     const float *weights = w.scores + start * TALL + r, *values = w.values + start * s.c_step;

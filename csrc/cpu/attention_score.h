@@ -24,6 +24,22 @@ OP_INLINE F32 exp_negative(F32 x) {
 #endif
 }
 
+inline constexpr float LOG2_E = 1.44269504f;
+
+#if defined(__AVX512F__)
+// 2^x for x <= 0 within 1.3 ulp, 0 for -inf, NaN for NaN, in 8 instructions: scalef takes the whole part of x as it is.
+OP_INLINE F32 exp2_negative(F32 x) {
+  constexpr int DOWN_TO_WHOLE = 1;
+  const F32 r = _mm512_reduce_ps(x, DOWN_TO_WHOLE);
+  F32 y = splat(1.86713005e-3f);
+  y = fma(y, r, splat(9.01703071e-3f));
+  y = fma(y, r, splat(5.57999127e-2f));
+  y = fma(y, r, splat(0.240164444f));
+  y = fma(y, r, splat(0.693151295f));
+  return _mm512_scalef_ps(fma(y, r, splat(1.0f)), x);
+}
+#endif
+
 OP_INLINE F32 tanh(F32 x) {
   const F32 size = x < 0.0f ? -x : x;
   const F32 t = expm1(2.0f * min(size, splat(20.0f)));
@@ -32,6 +48,16 @@ OP_INLINE F32 tanh(F32 x) {
 }
 
 // ---- scores ----
+
+// e^(x scale - shift) after `mask`, scaled and shifted in one rounding, of the difference: that of the product would be
+// an error of the exponent. Weights that become bfloat16 take a power of two.
+template <bool DOT, class Mask>
+OP_INLINE F32 exp_above(F32 x, F32 scale, F32 shift, Mask&& mask) {
+#if defined(__AVX512F__)
+  if constexpr (DOT) return exp2_negative(mask(fma(x, scale * LOG2_E, -shift * LOG2_E)));
+#endif
+  return exp_negative(mask(fma(x, scale, -shift)));
+}
 
 // Nothing but scale, window and causal: scores stay raw products, scaled as they enter the exponential.
 static inline bool is_plain(const Attention& p) {
