@@ -106,7 +106,9 @@ struct Noise {
   const float* drawn_at;
   bool negated;
 
-  void take(const Latent& p, const Tile& t, int64_t sample) {
+  // Calls ahead(i, n) while it draws elements i to i + n, to fetch what is needed with them.
+  template <class Ahead>
+  void take(const Latent& p, const Tile& t, int64_t sample, Ahead&& ahead) {
     negated = p.antithetic && sample % 2;
     if (negated) return;
     const int64_t draw = p.antithetic ? sample / 2 : sample;
@@ -122,7 +124,7 @@ struct Noise {
     };
     if (!p.keys_per_row || t.rows == 1) {
       const int64_t start = (p.keys_per_row ? 0 : t.row * p.length()) + t.begin;
-      drawn_at = draw_elements<Distribution::normal>(key(p.keys_per_row ? t.row : 0), start, t.count(), drawn);
+      drawn_at = draw_elements<Distribution::normal>(key(p.keys_per_row ? t.row : 0), start, t.count(), drawn, ahead);
       return;
     }
     for (int64_t r = 0; r < t.rows; ++r) {
@@ -211,7 +213,7 @@ void forward_as(const Latent& p, const LatentOut& out) {
   for_each_tile(p, [&](const Tile& t) {
     Posterior<T> x;
     Noise<T> noise;
-    float first[TILE], second[TILE];
+    float first[TILE], second[TILE], std[TILE];  // std: of the first sample, for the others
     double sums[TILE];
     x.open(p, t);
     // Plane `plane` of [.., rows] sums: those of first's samples, then of second's.
@@ -223,15 +225,22 @@ void forward_as(const Latent& p, const LatentOut& out) {
         finish(p, sums, t.rows, results + sample * p.rows + t.row);
     };
     for (int64_t s = 0; s < p.samples; ++s) {
-      noise.take(p, t, s);
       T* z = static_cast<T*>(out.z) + (s * p.rows + t.row) * length + t.begin;
+      noise.take(p, t, s, [&](int64_t i, int64_t n) { fetch_to_write(z, i, n); });
       float* kl = p.terms == LatentTerms::element ? out.first + t.row * length + t.begin : first;
       const bool wants_kl = s == 0 && (p.terms == LatentTerms::row || p.terms == LatentTerms::element);
       const F32 floor = splat(p.free_bits);
       const float factor = p.terms == LatentTerms::element ? p.beta : 1.0f;
+      if (s > 0 && p.terms != LatentTerms::weights) {
+        sweep(t.count(), [&](int64_t i, int n) {
+          store_n(z + i, fma(load_n(std + i, n), noise.at(i, n), load_n(x.mean + i, n)), n);
+        });
+        continue;
+      }
       sweep(t.count(), [&](int64_t i, int n) {
         const auto e = element<PRIOR>(x, i, n);
         const F32 eps = noise.at(i, n), at = fma(e.std, eps, e.mean);
+        store_n(std + i, e.std, n);
         store_n(z + i, at, n);
         if (wants_kl) store_n(kl + i, factor * max(floor, e.kl()), n);
         if (p.terms == LatentTerms::weights) {
@@ -293,7 +302,7 @@ void sum_samples(const Latent& p, const LatentGradIn& in, const LatentGradOut& o
   const bool weighted = p.terms == LatentTerms::weights;
   const bool has_first = weighted && in.first, has_second = weighted && in.second;
   for (int64_t s = 0; s < p.samples; ++s) {
-    noise.take(p, t, s);
+    noise.take(p, t, s, [](int64_t, int64_t) {});
     const T* grad = gather(p, in.z, t, scratch, s * in.z_sample);
     if (has_first) spread(t, in.first + s * p.rows, on_first);
     if (has_second) spread(t, in.second + s * p.rows, on_second);
