@@ -9,6 +9,8 @@ calls: the first finds the caches full of another implementation's code, and is 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import gc
 import math
 import statistics
@@ -90,6 +92,17 @@ def interleaved(runs: Mapping[str, Run], ring: Ring, device: torch.device, secon
         return measure(runs, ring, seconds)
 
 
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Have glibc reuse what is freed: pages given back to the system come back one fault at a time, and whose call pays
+    for that depends on what the others allocate. Elsewhere nothing happens."""
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
 @contextlib.contextmanager
 def _quiet_collector() -> Iterator[None]:
     was_enabled = gc.isenabled()
@@ -114,6 +127,8 @@ def _in_turn(names: Sequence[str], rounds: int) -> Iterator[str]:
 
 
 def _on_cpu(runs: Mapping[str, Run], ring: Ring, seconds: float) -> dict[str, Times]:
+    _keep_freed_memory()
+
     def turn(name: str, count: int) -> tuple[float, float]:
         """Seconds of the first call, and of a call on average."""
         run, places = runs[name], ring.take(count)
