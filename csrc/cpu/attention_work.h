@@ -7,8 +7,8 @@
 namespace onepass::ONEPASS_ISA {
 namespace {
 
-// Rows; lanes are rows only of more than FEW, for fewer do not fill them.
-constexpr int64_t TALL = 96, SPLIT = 64, FEW = W - 1;
+// Rows; lanes are rows only of more than FEW: of those that fill them, narrow ones one and a half times.
+constexpr int64_t TALL = 96, SPLIT = 64, FEW = W == 16 ? W - 1 : 3 * W / 2;
 constexpr int64_t STATES = 512;             // few rows of all heads that a thread walks the tokens with
 constexpr int64_t SOME = 2 * W, HEADS = 4;  // of up to so many rows it walks with so many heads
 constexpr int KEYS = 64;                    // of a tile
