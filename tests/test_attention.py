@@ -161,6 +161,15 @@ def test_views_with_strides_and_offsets(data):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("queries", [1, 2, 5, 9, 40])
+def test_half_types_round_nothing_on_the_way_to_the_lse(queries, dtype):
+    q, k, v = inputs((1, queries, 300, 8, 2, 64, 64), dtype)
+    lse = onepass.attention(q, k, v, causal=True, return_lse=True, backend="cpu")[1]
+    truth = core(q.double(), k.double(), v.double(), causal=True)[1]
+    torch.testing.assert_close(lse.double(), truth, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     "case",
     [(4, 1, 900, 8, 2, 64, 64), (2, 1, 9001, 4, 2, 16, 16), (3, 40, 333, 4, 2, 32, 32), (2, 150, 150, 4, 4, 64, 64)],

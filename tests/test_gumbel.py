@@ -12,7 +12,7 @@ from onepass import rng
 
 import cases
 from helpers import ALL_BACKENDS as BACKENDS
-from helpers import (  # noqa: F401
+from helpers import (  # noqa: F401  # on_its_device is a fixture: to import it is to use it
     INTERPRETED,
     ISAS,
     TRITON,

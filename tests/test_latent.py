@@ -16,7 +16,7 @@ from onepass.reference.latent import SAMPLE_STEP
 
 import cases
 from helpers import ALL_BACKENDS as BACKENDS
-from helpers import (  # noqa: F401
+from helpers import (  # noqa: F401  # on_its_device is a fixture: to import it is to use it
     INTERPRETED,
     ISAS,
     TRITON,

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from onepass.reference import rng
+
 from gpuless.triton import interpreter
 
 triton = pytest.importorskip("triton", reason="`make gpuless` brings Triton")
@@ -16,8 +18,6 @@ if interpreter.ON:
 
 import triton.language as tl  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
-
-from onepass.reference import rng  # noqa: E402
 
 from gpuless.triton import benchmarks, driver, launches  # noqa: E402
 
