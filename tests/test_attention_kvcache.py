@@ -139,7 +139,7 @@ def test_matches_the_reference(layout, option):
 
 
 @pytest.mark.parametrize(
-    "sizes", [(1, 4, 1), (1, 8, 2), (1, 6, 2), (1, 3, 3), (4, 8, 2), (9, 8, 2), (9, 12, 6), (40, 4, 2)], ids=str
+    "sizes", [(1, 4, 1), (1, 8, 2), (1, 6, 2), (1, 7, 7), (4, 8, 2), (9, 8, 2), (9, 12, 6), (40, 4, 2)], ids=str
 )
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_layout_batch_and_threads_do_not_change_a_bit(sizes, dtype):

@@ -7,10 +7,9 @@
 //    ascending order;
 //  - up to FEW of them: lanes are channels and keys (attention_few.h);
 //  - where heads interleave in memory, HEADS of up to SOME rows or all heads of FEW walk the tokens together.
-// What comes next is asked for a line at a time beside the work: of few rows with every read of a word the one that
-// comes in its place next, keys while keys are read and values while values are (both at once, or a whole tile ahead
-// for all heads, reached 60% of the bandwidth of this); of many rows with every other step of a product. In bursts of a
-// block's lines, a head at a time, 32 rows of 8 heads against 4096 keys took 1.25 times as long.
+// What comes next is asked for a line at a time beside the work: of few rows in the order of addresses, of many with
+// every other step of a product. In bursts of a block's lines, a head at a time, 32 rows of 8 heads against 4096 keys
+// took 1.25 times as long.
 #include "attention_few.h"
 #include "attention_many.h"
 #include "range.h"
@@ -34,8 +33,8 @@ void begin_rows(const Unit& u, const Sizes& s, const Scratch& w) {
   const int64_t group = p.heads / p.kv_heads, rows = u.to - u.from;
   const bool is_few = u.row.rows <= FEW;
   constexpr int PER = PER_WORD<T, DOT>;
-  float* lines = is_few ? w.q : w.scores;  // many rows: turned from here, W rows at a time
   float buffer[MAX_DIM + 2 * W];
+  Q rotated[MAX_DIM];
   for (int64_t r = 0; r < rows * (u.head_end - u.head); ++r) {
     const int64_t at = u.from + r % rows;
     const Q* x = query<Q>(p, u.row, at / group, (u.head + r / rows) * group + at % group);
@@ -44,22 +43,27 @@ void begin_rows(const Unit& u, const Sizes& s, const Scratch& w) {
   for (int64_t r = 0; r < rows * (u.head_end - u.head); ++r) {
     const int64_t head = r / rows, line = r % rows, at = u.from + line, i = at / group;
     const Q* x = query<Q>(p, u.row, i, (u.head + head) * group + at % group);
-    float* q = lines + (is_few ? r : line % W) * s.q_step;
-    if (!p.rotary.cos) {
-      for (int64_t k = 0; k < s.q_step; k += W)
-        store(q + k, k * PER < p.head_dim ? words<Q, DOT>(x, k * PER, p.head_dim) : F32{});
-    } else {
+    // Few rows: those that are taken at once beside each other. Many: from scores, turned W rows at a time.
+    const Together few = together(rows, u.head_end - u.head, r);
+    const int64_t beside = is_few ? few.count : 1;
+    float* q = is_few ? w.q + few.first * s.q_step + (r - few.first) * W : w.scores + line % W * s.q_step;
+    if (p.rotary.cos) {
       rotate(p.rotary, p.cache.seqlens[u.row.b] + (p.rotary_ordered ? i : 0), x, buffer, p.head_dim);
-      for (int64_t d = p.head_dim; d < s.q_step; ++d) buffer[d] = 0;
-      for (int64_t d = 0; d < s.q_step; d += W) {
-        if constexpr (DOT)
-          store(reinterpret_cast<BF16*>(q) + d, load(buffer + d));
-        else
-          store(q + d, load(buffer + d));
+      if constexpr (DOT) {
+        for (int64_t d = 0; d < p.head_dim; d += W)
+          store_n(rotated + d, load(buffer + d), static_cast<int>(least(W, p.head_dim - d)));
+        x = rotated;
       }
     }
+    for (int64_t k = 0; k < s.q_step; k += W) {
+      F32 word{};
+      if (k * PER < p.head_dim)
+        word =
+            !DOT && p.rotary.cos ? words<float, false>(buffer, k, p.head_dim) : words<Q, DOT>(x, k * PER, p.head_dim);
+      store(q + k * beside, word);
+    }
     if (!is_few && (line % W == W - 1 || line == rows - 1))
-      turn(lines, s.q_step, line % W + 1, DOT ? s.q_step / 2 : s.q_step, w.of_head(head, s).q + line / W * W, TALL);
+      turn(w.scores, s.q_step, line % W + 1, DOT ? s.q_step / 2 : s.q_step, w.of_head(head, s).q + line / W * W, TALL);
     std::memset(u.c + r * u.c_step, 0, s.c_step * sizeof(float));
   }
   const int64_t states = (is_few ? rows : TALL) * (u.head_end - u.head);
@@ -145,14 +149,15 @@ void run(const Unit& u, const Sizes& s, Scratch& w) {
     const int ahead = static_cast<int>(most(0, least(KEYS, u.row.end - at - KEYS)));
     locate<T>(p, u.row, at + KEYS, ahead, w.then);
     located = ahead;
+    if (is_few) {
+      few<T, DOT>(u, s, w, at, count, ahead > 0);
+      continue;
+    }
     for (int64_t head = u.head; head < u.head_end; ++head) {
       // The next head of this tile, or the first of the next one: what comes next, and no more than the cache can hold.
       const bool turn = head + 1 == u.head_end;
       const Next next{turn ? (ahead ? w.then : nullptr) : w.now, turn ? u.head : head + 1};
-      if (is_few)
-        few<T, DOT>(u, s, w, head, at, count, next);
-      else
-        many<T, DOT>(u.of_head(head), s, w.of_head(head - u.head, s), at, count, next);
+      many<T, DOT>(u.of_head(head), s, w.of_head(head - u.head, s), at, count, next);
     }
   }
   const int64_t group = p.heads / p.kv_heads, rows = u.to - u.from;

@@ -1,5 +1,6 @@
 // Matrix products of attention's tiles in register blocks. Included by csrc/cpu/attention_*.
 #pragma once
+#include "attention_fetch.h"
 #include "attention_words.h"
 #include "attention_work.h"
 
@@ -10,25 +11,6 @@ namespace {
 inline constexpr int QUERY_VECTORS = 3, KEY_ROWS = W == 16 ? 8 : 4;
 inline constexpr int ROWS = 6, COLUMNS = W == 16 ? 4 : 2;
 
-// Asks for bytes [from, to) behind each of some pointers, a cache line at a time: of a burst of lines each waits for
-// the others, and products for them all.
-struct Fetch {
-  const char *const *next, *const *last;
-  int64_t from, to, at;
-
-  Fetch() : next(nullptr), last(nullptr), from(0), to(0), at(0) {}
-  Fetch(const char* const* pointers, int64_t count, int64_t from, int64_t to)
-      : next(pointers), last(pointers + count), from(from), to(to), at(from) {}
-  void line() {
-    if (next == last) return;
-    __builtin_prefetch(*next + at, 0, 2);
-    at += 64;
-    if (at < to) return;
-    at = from;
-    ++next;
-  }
-};
-
 // scores[key][row] of KEY_ROWS keys and N vectors of rows: key[i] points to words, q is [word][row].
 template <bool DOT, int N>
 static void scores_block(const float* const* key, const float* q, int64_t q_step, int64_t words, float* scores,
@@ -38,7 +20,7 @@ static void scores_block(const float* const* key, const float* q, int64_t q_step
     const int64_t end = least(words, k + CHAIN<DOT>);
     F32 acc[KEY_ROWS][N] = {};
     for (; k < end; ++k) {
-      if (k % 2 == 0) ahead.line();
+      if (k % 2 == 0) line<2>(ahead);
       F32 row[N];
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) row[n] = load(q + k * q_step + n * W);
@@ -68,7 +50,7 @@ static void values_block(const float* p, int64_t p_step, const float* v, int64_t
     const int64_t end = least(depth, k + CHAIN<DOT> * PARTS);
     F32 acc[R][N][PARTS] = {};
     const auto add = [&](int64_t k, int part) {
-      ahead.line();
+      line<2>(ahead);
       F32 column[N];
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) column[n] = load(v + k * v_step + n * W);

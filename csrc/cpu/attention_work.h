@@ -9,7 +9,8 @@ namespace {
 
 // Rows; lanes are rows only of more than FEW: of those that fill them, narrow ones one and a half times.
 constexpr int64_t TALL = 96, SPLIT = 64, FEW = W == 16 ? W - 1 : 3 * W / 2;
-constexpr int64_t STATES = 512;             // few rows of all heads that a thread walks the tokens with
+constexpr int64_t STATES = 256,
+                  TOKEN_BYTES = 8 << 10;    // of few rows: those of all heads that it walks with, their keys
 constexpr int64_t SOME = 2 * W, HEADS = 4;  // of up to so many rows it walks with so many heads
 constexpr int KEYS = 64;                    // of a tile
 static_assert(TALL % W == 0 && KEYS % W == 0);
@@ -35,14 +36,17 @@ struct Row {
     end = p.window_right < 0 ? keys : least(keys, keys + p.window_right);
     if (end < begin) end = begin;
     const bool split = rows <= SPLIT;
-    heads = p.k.head >= p.k.step          ? 1
-            : rows > FEW                  ? (rows <= SOME ? HEADS : 1)
-            : rows * p.kv_heads <= STATES ? p.kv_heads
-                                          : 1;
-    // More rows write larger partial results: they are cut into fewer chunks.
-    const int64_t pieces = rows ? most(8, least(32, 256 / rows)) : 1;
+    // Partial results are written and read again: many of them are cut into fewer chunks.
+    const int64_t pieces = most(8, least(32, 256 / most(1, rows * p.kv_heads)));
     chunk = split ? most(128, round_up((end - begin + pieces - 1) / pieces, KEYS)) : most(end - begin, 1);
     chunks = split ? most(1, (end - begin + chunk - 1) / chunk) : 1;
+    const int64_t key_bytes = p.head_dim * (p.codes != Codes::none ? 1 : p.dtype == DType::f32 ? 4 : 2);
+    heads = p.k.head >= p.k.step || p.v.head >= p.v.step ? 1
+            : rows > FEW ? (rows <= SOME ? HEADS : 1)
+                         : most(1, least(STATES / most(1, rows), TOKEN_BYTES / key_bytes));
+    heads = least(heads, p.kv_heads);
+    // Fewer of them where threads would have too little: no bit depends on that.
+    while (heads > 1 && p.batch * chunks * p.kv_heads < 4 * heads * p.num_threads) heads = (heads + 1) / 2;
     tiles = split ? (rows ? 1 : 0) : (rows + TALL - 1) / TALL;
   }
   int64_t units(const Attention& p) const { return chunks * tiles * ((p.kv_heads + heads - 1) / heads); }
@@ -106,8 +110,8 @@ struct Scratch {
     c = arena.take<float>(s.state_rows * s.c_step);
     top = arena.take<float>(s.state_rows);
     total = arena.take<float>(s.state_rows * W);  // few rows: W lanes each
-    alpha = arena.take<float>(TALL);
-    scores = arena.take<float>(TALL * KEYS);
+    alpha = arena.take<float>(s.state_rows);
+    scores = arena.take<float>(s.state_rows * KEYS);
     keys = arena.take<float>(s.q_step * KEYS);
     values = arena.take<float>(s.c_step * KEYS);
     key_scale = arena.take<float>(KEYS);

@@ -1,0 +1,35 @@
+// Asking for memory ahead of its use. Included by csrc/cpu/attention_*.h.
+#pragma once
+#include <cstdint>
+
+#include "vec.h"
+
+namespace onepass::ONEPASS_ISA {
+namespace {
+
+// The cache lines of bytes [from, to) behind each of some pointers, to be asked for between other work: of a burst of
+// them each waits for the others, and the loads of the work for them all.
+struct Fetch {
+  const char *const *next, *const *last;
+  int64_t from, bytes;
+  const char *at, *end;
+
+  Fetch() : Fetch(nullptr, 0, 0, 0) {}
+  Fetch(const char* const* pointers, int64_t count, int64_t from, int64_t to)
+      : next(pointers), last(pointers + count), from(from), bytes(to - from), at(nullptr), end(nullptr) {}
+};
+
+// Asks for the next line, if there is one; NEAR as __builtin_prefetch counts caches.
+template <int NEAR>
+OP_INLINE void line(Fetch& f) {
+  if (f.at >= f.end) {
+    if (f.next == f.last) return;
+    f.at = *f.next++ + f.from;
+    f.end = f.at + f.bytes;
+  }
+  __builtin_prefetch(f.at, 0, NEAR);
+  f.at += 64;
+}
+
+}  // namespace
+}  // namespace onepass::ONEPASS_ISA
