@@ -174,6 +174,8 @@ void run(const Unit& u, const Sizes& s, Scratch& w) {
   }
 }
 
+constexpr int64_t COMBINE_BYTES = 256 << 10;  // that a thread is started for
+
 // Partial results of row `line` of a head, in ascending order of their chunks.
 template <class T>
 void combine(const Attention& p, const Row& row, const Sizes& s, float* parts, int64_t head, int64_t line) {
@@ -254,14 +256,16 @@ void forward_as(const Attention& p, void* workspace) {
     }
   });
   if (!parts) return;
-  // Of a few heads on this thread: starting the others again costs a busy machine a whole time slice.
-  parallel_for(p.batch * p.kv_heads, 32, p.num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t at = begin; at < end; ++at) {
-      const Row row(p, at / p.kv_heads);
-      for (int64_t line = 0; row.chunks > 1 && line < row.rows; ++line)
-        combine<Q>(p, row, s, layout.parts + layout.part_start[row.b] * s.part, at % p.kv_heads, line);
-    }
-  });
+  // Of little memory on this thread: starting the others again costs a busy machine a whole time slice.
+  const int64_t head_bytes = parts * s.part * static_cast<int64_t>(sizeof(float)) / (p.batch * p.kv_heads);
+  parallel_for(p.batch * p.kv_heads, COMBINE_BYTES / most(1, head_bytes), p.num_threads,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t at = begin; at < end; ++at) {
+                   const Row row(p, at / p.kv_heads);
+                   for (int64_t line = 0; row.chunks > 1 && line < row.rows; ++line)
+                     combine<Q>(p, row, s, layout.parts + layout.part_start[row.b] * s.part, at % p.kv_heads, line);
+                 }
+               });
 }
 
 void forward(const Attention& p, void* workspace) {

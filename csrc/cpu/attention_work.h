@@ -36,8 +36,9 @@ struct Row {
     end = p.window_right < 0 ? keys : least(keys, keys + p.window_right);
     if (end < begin) end = begin;
     const bool split = rows <= SPLIT;
-    // Partial results are written and read again: many of them are cut into fewer chunks.
-    const int64_t pieces = most(8, least(32, 256 / most(1, rows * p.kv_heads)));
+    // Partial results are written and read again: many of them are cut into fewer chunks. With eight heads four chunks
+    // are still work for 32 threads.
+    const int64_t pieces = most(p.kv_heads < 8 ? 8 : 4, least(32, 256 / most(1, rows * p.kv_heads)));
     chunk = split ? most(128, round_up((end - begin + pieces - 1) / pieces, KEYS)) : most(end - begin, 1);
     chunks = split ? most(1, (end - begin + chunk - 1) / chunk) : 1;
     const int64_t key_bytes = p.head_dim * (p.codes != Codes::none ? 1 : p.dtype == DType::f32 ? 4 : 2);
@@ -46,7 +47,7 @@ struct Row {
                          : most(1, least(STATES / most(1, rows), TOKEN_BYTES / key_bytes));
     heads = least(heads, p.kv_heads);
     // Fewer of them where threads would have too little: no bit depends on that.
-    while (heads > 1 && p.batch * chunks * p.kv_heads < 4 * heads * p.num_threads) heads = (heads + 1) / 2;
+    while (heads > 1 && p.batch * chunks * p.kv_heads < 2 * heads * p.num_threads) heads = (heads + 1) / 2;
     tiles = split ? (rows ? 1 : 0) : (rows + TALL - 1) / TALL;
   }
   int64_t units(const Attention& p) const { return chunks * tiles * ((p.kv_heads + heads - 1) / heads); }
