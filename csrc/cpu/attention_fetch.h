@@ -13,6 +13,7 @@ struct Fetch {
   const char *const *next, *const *last;
   int64_t from, bytes;
   const char *at, *end;
+  int64_t at_once = 1;  // lines
 
   Fetch() : Fetch(nullptr, 0, 0, 0) {}
   Fetch(const char* const* pointers, int64_t count, int64_t from, int64_t to)

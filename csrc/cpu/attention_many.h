@@ -114,6 +114,7 @@ static void many(const Unit& u, const Sizes& s, const Scratch& w, int64_t at, in
   const int64_t key_bytes = p.k.head * u.head * sizeof(T), value_bytes = p.v.head * u.head * sizeof(T);
   const int64_t next_key = p.k.head * next.head * sizeof(T), next_value = p.v.head * next.head * sizeof(T);
   const int64_t depth = (p.head_dim + PAIR - 1) / PAIR, vectors = (p.value_dim + W - 1) / W;
+  const int64_t blocks = (rows + ROWS - 1) / ROWS;
   const auto span_of = [&](int64_t line) { return span(p, u.row, line / group, at, count); };
   const bool whole = span_of(u.from).high == count && span_of(u.to - 1).low == 0;  // for every row
   Seen seen[TALL / W];
@@ -133,6 +134,10 @@ static void many(const Unit& u, const Sizes& s, const Scratch& w, int64_t at, in
   if (next.places) {
     keys_ahead = {next.places->key, KEYS, next_key, next_key + p.head_dim * static_cast<int64_t>(sizeof(T))};
     values_ahead = {next.places->value, KEYS, next_value, next_value + p.value_dim * static_cast<int64_t>(sizeof(T))};
+    // Of few rows the second product has fewer steps than lines.
+    const int64_t lines = KEYS * p.value_dim * static_cast<int64_t>(sizeof(T)) / 64;
+    const int64_t steps = KEYS / PAIR * ((vectors + COLUMNS - 1) / COLUMNS) * blocks;
+    values_ahead.at_once = (lines + steps - 1) / steps;
   }
   scores_product<DOT>(key, count, w.q, groups, depth, w.scores, keys_ahead,
                       [&](int64_t g, int j) { return seen[g].to <= j || seen[g].from >= j + KEY_ROWS; });
@@ -150,7 +155,6 @@ static void many(const Unit& u, const Sizes& s, const Scratch& w, int64_t at, in
     soften(p, seen[g], plain, count, w.scores + r, TALL, w.key_scale, w.value_scale, w.top + r, w.total + r,
            w.alpha + r);
   }
-  const int64_t blocks = (rows + ROWS - 1) / ROWS;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t r = rows * block / blocks, n = rows * (block + 1) / blocks - r;
     const int low = whole ? 0 : span_of(u.from + r).low, high = whole ? count : span_of(u.from + r + n - 1).high;

@@ -50,7 +50,7 @@ static void values_block(const float* p, int64_t p_step, const float* v, int64_t
     const int64_t end = least(depth, k + CHAIN<DOT> * PARTS);
     F32 acc[R][N][PARTS] = {};
     const auto add = [&](int64_t k, int part) {
-      line<2>(ahead);
+      for (int64_t i = 0; i < ahead.at_once; ++i) line<2>(ahead);
       F32 column[N];
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) column[n] = load(v + k * v_step + n * W);
