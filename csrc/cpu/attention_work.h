@@ -9,10 +9,11 @@ namespace {
 
 // Rows; lanes are rows only of more than FEW: of those that fill them, narrow ones one and a half times.
 constexpr int64_t TALL = 96, SPLIT = 64, FEW = W == 16 ? W - 1 : 3 * W / 2;
-constexpr int64_t STATES = 256,
-                  TOKEN_BYTES = 8 << 10;    // of few rows: those of all heads that it walks with, their keys
-constexpr int64_t SOME = 2 * W, HEADS = 4;  // of up to so many rows it walks with so many heads
-constexpr int KEYS = 64;                    // of a tile
+// A thread walks the tokens with so many few rows of all heads, and so many bytes of their keys of a token,
+constexpr int64_t STATES = 256, TOKEN_BYTES = 8 << 10;
+// or, of up to so many rows, with so many heads.
+constexpr int64_t SOME = 2 * W, HEADS = 4;
+constexpr int KEYS = 64;  // of a tile
 static_assert(TALL % W == 0 && KEYS % W == 0);
 constexpr int64_t MAX_DIM = 256;
 constexpr float EMPTY = -__builtin_inff();
