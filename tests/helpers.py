@@ -1,11 +1,9 @@
 """What the tests of every op share."""
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -45,15 +43,6 @@ KERNELS = ALL_BACKENDS[1:]              # all but the reference
 
 def device_of(backend: str | None) -> str:
     return "cuda" if (backend == "cuda" and not EMULATED) or (backend == "triton" and not INTERPRETED) else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def on_its_device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fresh tensors of a test lie where its backend computes; for modules that import it."""
-    callspec = getattr(request.node, "callspec", None)
-    device = device_of(callspec.params.get("backend") if callspec else None)
-    with contextlib.nullcontext() if device == "cpu" else torch.device(device):
-        yield
 
 
 def assert_as_good_as_torch(got: Tensor, same_dtype: Tensor, truth: Tensor, name: str = "result") -> None:

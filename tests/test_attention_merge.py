@@ -10,7 +10,9 @@ import onepass
 from onepass.reference import attention as reference
 
 from cases import FLOATS, MERGES
-from helpers import ALL_BACKENDS, BACKENDS, CPU, ISAS, assert_as_good_as_torch, on_its_device, run_python  # noqa: F401
+from helpers import ALL_BACKENDS, BACKENDS, CPU, ISAS, assert_as_good_as_torch, run_python
+
+pytestmark = pytest.mark.usefixtures("on_its_device")
 
 INF = float("inf")
 

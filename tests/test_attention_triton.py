@@ -10,14 +10,14 @@ import torch
 import onepass
 
 from cases import ATTENTION, FLOATS
-from helpers import INTERPRETED, TRITON, assert_as_good_as_torch, on_its_device  # noqa: F401
+from helpers import INTERPRETED, TRITON, assert_as_good_as_torch
 from test_attention import OPTIONS, in_float64, inputs, options
 from test_attention_kvcache import LAYOUTS, Rows, append_writes_its_slots_alone
 from test_attention_kvcache import OPTIONS as CACHE_OPTIONS
 from test_attention_varlen import OPTIONS as RAGGED_OPTIONS
 from test_attention_varlen import Ragged
 
-pytestmark = pytest.mark.parametrize("backend", [TRITON])
+pytestmark = [pytest.mark.parametrize("backend", [TRITON]), pytest.mark.usefixtures("on_its_device")]
 
 
 def here(chosen: dict) -> dict:

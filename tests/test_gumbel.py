@@ -12,14 +12,15 @@ from onepass import rng
 
 import cases
 from helpers import ALL_BACKENDS as BACKENDS
-from helpers import (  # noqa: F401  # on_its_device is a fixture: to import it is to use it
+from helpers import (
     INTERPRETED,
     ISAS,
     TRITON,
     assert_as_good_as_torch,
-    on_its_device,
     run_python,
 )
+
+pytestmark = pytest.mark.usefixtures("on_its_device")
 
 TAG = 6 << 56
 

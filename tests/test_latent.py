@@ -16,15 +16,16 @@ from onepass.reference.latent import SAMPLE_STEP
 
 import cases
 from helpers import ALL_BACKENDS as BACKENDS
-from helpers import (  # noqa: F401  # on_its_device is a fixture: to import it is to use it
+from helpers import (
     INTERPRETED,
     ISAS,
     TRITON,
     assert_as_good_as_torch,
     needs_native,
-    on_its_device,
     run_python,
 )
+
+pytestmark = pytest.mark.usefixtures("on_its_device")
 
 SEEDS = torch.tensor([5, -1, 2**40])
 # Several rows a tile; rows of several tiles, with a tail; rows that begin inside a block of random numbers.

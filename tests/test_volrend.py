@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 import onepass
 
 import cases
-from helpers import ALL_BACKENDS, INTERPRETED, ISAS, KERNELS, assert_as_good_as_torch, on_its_device, run_python  # noqa: F401
+from helpers import ALL_BACKENDS, INTERPRETED, ISAS, KERNELS, assert_as_good_as_torch, run_python
 from volrend_rays import DEPTHS, leaves, ragged, render, results, scene
+
+pytestmark = pytest.mark.usefixtures("on_its_device")
 
 NAN = math.nan
 

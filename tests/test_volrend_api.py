@@ -5,8 +5,10 @@ import torch._dynamo.testing
 
 import onepass
 
-from helpers import ALL_BACKENDS, BACKENDS, INTERPRETED, on_its_device  # noqa: F401
+from helpers import ALL_BACKENDS, BACKENDS, INTERPRETED
 from volrend_rays import scene
+
+pytestmark = pytest.mark.usefixtures("on_its_device")
 
 # ---- torch.library, compile, transforms ----
 

@@ -8,8 +8,10 @@ import torch
 import onepass
 from onepass.reference import volrend as reference
 
-from helpers import ALL_BACKENDS, on_its_device  # noqa: F401
+from helpers import ALL_BACKENDS
 from volrend_rays import DEPTHS, leaves, render, scene
+
+pytestmark = pytest.mark.usefixtures("on_its_device")
 
 # ---- known answers ----
 
