@@ -111,7 +111,7 @@ void plain_task(const Denoise& p, const Task& t, const Coefficients& c, const Mo
 
 template <bool GUIDED, class T, class M>
 void full_task(const Denoise& p, const Task& t, const Coefficients& c, const Model<M>& model, T* out) {
-  float drawn[TILE + 2 * DRAW], weights[TILE + W];
+  alignas(64) float drawn[TILE + 2 * DRAW], weights[TILE + W];
   const T *sample = at<T>(p.sample, t), *known = at<T>(p.known, t), *given = at<T>(p.noise, t);
   const float* noise = c.z != 0 && !given ? draw_noise(p, t, c.stream, drawn) : nullptr;
   if (p.mask.data) unpack_mask(p.mask, t, weights);

@@ -101,7 +101,7 @@ struct Sink {
 template <class T>
 struct Noise {
   T given[TILE];
-  float drawn[TILE + 2 * DRAW], row[TILE + 2 * DRAW];
+  alignas(64) float drawn[TILE + 2 * DRAW], row[TILE + 2 * DRAW];
   const T* given_at;
   const float* drawn_at;
   bool negated;

@@ -1,94 +1,12 @@
 // The recipe of engine/reference/rng.py, lane by lane and bit by bit: the order of operations is the definition, and
-// fma() stands only where the product is exact. Block n of W is in lane n of four vectors of words, then woven into
-// order.
+// fma() stands only where the product is exact.
 #pragma once
-#include "onepass/recipe.h"
 #include "onepass/rng.h"
-#include "vec.h"
+#include "philox.h"
 
 namespace onepass::ONEPASS_ISA {
 
-using namespace recipe;
-
 inline constexpr int DRAW = 4 * W;  // elements of W blocks
-
-struct Words {
-  U32 w[4];
-};
-
-// Philox works on 64-bit lanes, of which the lower half counts: a product then gives both of its words without a
-// shuffle. One vector holds the even blocks of W and one the odd ones, until the words are done.
-typedef uint64_t U64 __attribute__((vector_size(W * 4)));
-
-OP_INLINE U64 splat_u64(uint64_t x) { return x | U64{}; }
-
-// The 64-bit products of the lower halves.
-OP_INLINE U64 multiply(U64 x, uint32_t m) {
-#if defined(__AVX512F__)
-  return (U64)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(m));
-#elif defined(__AVX2__)
-  return (U64)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(m));
-#elif defined(__x86_64__)
-  return (U64)_mm_mul_epu32((__m128i)x, _mm_set1_epi64x(m));
-#elif defined(__aarch64__)
-  return (U64)vmull_n_u32(vmovn_u64((uint64x2_t)x), m);
-#else
-  return (x & 0xFFFFFFFFu) * m;
-#endif
-}
-
-OP_INLINE U64 xor3(U64 x, U64 y, uint32_t z) {
-#if defined(__AVX512F__)
-  return (U64)_mm512_ternarylogic_epi32((__m512i)x, (__m512i)y, _mm512_set1_epi32(static_cast<int>(z)), 0x96);
-#else
-  return x ^ y ^ (U64)splat_u32(z);
-#endif
-}
-
-// The lower halves of both, in turn.
-OP_INLINE U32 interleave(U64 even, U64 odd) {
-#if defined(__AVX512F__)
-  return (U32)_mm512_mask_shuffle_epi32((__m512i)even, 0xAAAA, (__m512i)odd, _MM_PERM_CCAA);
-#else
-  return (U32)((even & 0xFFFFFFFFu) | (odd << 32));
-#endif
-}
-
-struct RoundKeys {
-  uint32_t k[ROUNDS][2];
-  explicit RoundKeys(uint64_t seed) {
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < ROUNDS; ++round, k0 += WEYL_0, k1 += WEYL_1) k[round][0] = k0, k[round][1] = k1;
-  }
-};
-
-// Words of N W blocks from `block` on. The rounds of one block wait for each other: N runs hide that.
-template <int N>
-OP_INLINE void philox(const RoundKeys& keys, uint64_t stream, uint64_t block, Words* words) {
-  U64 c0[2 * N], c1[2 * N], c2[2 * N], c3[2 * N];
-  for (int n = 0; n < 2 * N; ++n) {
-    U64 lane{};
-    for (int i = 0; i < W / 2; ++i) lane[i] = static_cast<uint64_t>(2 * i + n % 2 + n / 2 * W);
-    c0[n] = splat_u64(block) + lane;
-    c1[n] = c0[n] >> 32;
-    c2[n] = splat_u64(stream);
-    c3[n] = splat_u64(stream >> 32);
-  }
-#pragma GCC unroll 10
-  for (int round = 0; round < ROUNDS; ++round) {
-#pragma GCC unroll 8
-    for (int n = 0; n < 2 * N; ++n) {
-      const U64 product0 = multiply(c0[n], MULTIPLIER_0), product1 = multiply(c2[n], MULTIPLIER_1);
-      c0[n] = xor3(product1 >> 32, c1[n], keys.k[round][0]);
-      c1[n] = product1;
-      c2[n] = xor3(product0 >> 32, c3[n], keys.k[round][1]);
-      c3[n] = product0;
-    }
-  }
-  for (int n = 0; n < N; ++n)
-    words[n] = {{interleave(c0[2 * n], c0[2 * n + 1]), interleave(c1[2 * n], c1[2 * n + 1]),
-                 interleave(c2[2 * n], c2[2 * n + 1]), interleave(c3[2 * n], c3[2 * n + 1])}};
-}
 
 // N vectors that go through the same steps side by side: a polynomial's steps wait for each other, N of them do not.
 template <class V, int N>
@@ -99,7 +17,7 @@ struct Pack {
 template <int N, class F>
 OP_INLINE auto each(F&& f) {
   Pack<decltype(f(0)), N> result;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < N; ++i) result.v[i] = f(i);
   return result;
 }
@@ -168,18 +86,21 @@ OP_INLINE F32s<N> unit(const Pack<U32, N>& word) {
   return each<N>([&](int i) { return min(u.v[i], splat(UNIT_MOST)); });
 }
 
-template <int N>
+// S times the logarithm of (1 + f) 2^k. S is a power of two, of either sign: each constant times S gives each step's
+// result times S, to the bit.
+template <int S = 1, int N>
 OP_INLINE F32s<N> ln_reduced(const F32s<N>& f, const F32s<N>& k) {
-  F32s<N> p = f * LN_0 + LN_1;
-  p = p * f + LN_2;
-  p = p * f + LN_3;
-  p = p * f + LN_4;
-  p = p * f + LN_5;
-  p = p * f + LN_6;
-  p = p * f + LN_7;
+  F32s<N> p = f * (S * LN_0) + S * LN_1;
+  p = p * f + S * LN_2;
+  p = p * f + S * LN_3;
+  p = p * f + S * LN_4;
+  p = p * f + S * LN_5;
+  p = p * f + S * LN_6;
+  p = p * f + S * LN_7;
   const F32s<N> square = f * f;
-  const F32s<N> tail = f * square * p + k * LN2_LOW;
-  return exact_fma(k, LN2_HIGH, exact_fma(square, -0.5f, tail) + f);
+  const F32s<N> tail = f * square * p + k * (S * LN2_LOW);
+  if constexpr (S == -2) return exact_fma(k, S * LN2_HIGH, exact_fma(f, S, square + tail));
+  return exact_fma(k, S * LN2_HIGH, exact_fma(square, S * -0.5f, tail) + f * S);
 }
 
 // x = m 2^k with m in [sqrt(1/2), sqrt(2)): m - 1 and k.
@@ -190,11 +111,11 @@ OP_INLINE F32s<N> split(const F32s<N>& x, I32s<N>& k) {
   return each<N>([&](int i) { return as_f32((bits.v[i] & 0x7FFFFF) + SQRT_HALF_BITS) - 1.0f; });
 }
 
-template <int N>
-OP_INLINE F32s<N> ln(const F32s<N>& x) {
+template <int S = 1, int N>
+OP_INLINE F32s<N> ln(const F32s<N>& x) {  // times S
   I32s<N> k;
   const F32s<N> f = split(x, k);
-  return ln_reduced(f, to_f32(k));
+  return ln_reduced<S>(f, to_f32(k));
 }
 
 template <int N>
@@ -224,48 +145,12 @@ OP_INLINE void sincos_turn(const F32s<N>& u, F32s<N>& sin, F32s<N>& cos) {  // o
 // Box-Muller on two words of each lane.
 template <int N>
 OP_INLINE void normal_pair(const Pack<U32, N>& w0, const Pack<U32, N>& w1, F32s<N>& z0, F32s<N>& z1) {
-  const F32s<N> square = ln(unit(w0)) * -2.0f;
+  const F32s<N> square = ln<-2>(unit(w0));
   const F32s<N> radius = each<N>([&](int i) { return sqrt(square.v[i]); });
   F32s<N> sin, cos;
   sincos_turn(unit(w1), sin, cos);
   z0 = radius * cos;
   z1 = radius * sin;
-}
-
-// Lane n of v[0..3] becomes elements 4 n .. 4 n + 3 of out[0..3].
-OP_INLINE void weave(const F32 v[4], F32 out[4]) {
-#if defined(__AVX512F__) || defined(__AVX2__)
-  // Within each 128-bit part a 4 x 4 transpose, then the parts in order.
-  F32 t[4];
-#if defined(__AVX512F__)
-  const __m512 a = _mm512_unpacklo_ps(v[0], v[1]), b = _mm512_unpackhi_ps(v[0], v[1]);
-  const __m512 c = _mm512_unpacklo_ps(v[2], v[3]), d = _mm512_unpackhi_ps(v[2], v[3]);
-  t[0] = (F32)_mm512_unpacklo_pd((__m512d)a, (__m512d)c);
-  t[1] = (F32)_mm512_unpackhi_pd((__m512d)a, (__m512d)c);
-  t[2] = (F32)_mm512_unpacklo_pd((__m512d)b, (__m512d)d);
-  t[3] = (F32)_mm512_unpackhi_pd((__m512d)b, (__m512d)d);
-  const __m512 e = _mm512_shuffle_f32x4(t[0], t[1], 0x44), f = _mm512_shuffle_f32x4(t[2], t[3], 0x44);
-  const __m512 g = _mm512_shuffle_f32x4(t[0], t[1], 0xEE), h = _mm512_shuffle_f32x4(t[2], t[3], 0xEE);
-  out[0] = _mm512_shuffle_f32x4(e, f, 0x88);
-  out[1] = _mm512_shuffle_f32x4(e, f, 0xDD);
-  out[2] = _mm512_shuffle_f32x4(g, h, 0x88);
-  out[3] = _mm512_shuffle_f32x4(g, h, 0xDD);
-#else
-  const __m256 a = _mm256_unpacklo_ps(v[0], v[1]), b = _mm256_unpackhi_ps(v[0], v[1]);
-  const __m256 c = _mm256_unpacklo_ps(v[2], v[3]), d = _mm256_unpackhi_ps(v[2], v[3]);
-  t[0] = (F32)_mm256_unpacklo_pd((__m256d)a, (__m256d)c);
-  t[1] = (F32)_mm256_unpackhi_pd((__m256d)a, (__m256d)c);
-  t[2] = (F32)_mm256_unpacklo_pd((__m256d)b, (__m256d)d);
-  t[3] = (F32)_mm256_unpackhi_pd((__m256d)b, (__m256d)d);
-  out[0] = _mm256_permute2f128_ps(t[0], t[1], 0x20);
-  out[1] = _mm256_permute2f128_ps(t[2], t[3], 0x20);
-  out[2] = _mm256_permute2f128_ps(t[0], t[1], 0x31);
-  out[3] = _mm256_permute2f128_ps(t[2], t[3], 0x31);
-#endif
-#else
-  for (int j = 0; j < 4; ++j)
-    for (int i = 0; i < 4; ++i) out[j][i] = v[i][j];
-#endif
 }
 
 // Fetch elements i to i + n of what will be read, or written, soon. Addresses beyond a tensor do no harm.
@@ -312,7 +197,7 @@ OP_INLINE void transform(const Words* words, float* out) {
 // are made, to fetch what will be read with them: the memory is idle meanwhile.
 template <Distribution D, class Beside>
 static void draw(const Key& key, uint64_t block, int64_t draws, float* out, Beside&& beside) {
-  constexpr int64_t CHUNK = 12;
+  constexpr int64_t CHUNK = 12, TOGETHER = D == Distribution::normal ? 4 : 2;  // what was quickest
   const RoundKeys keys(key.seed);
   Words words[CHUNK];
   for (int64_t begin = 0; begin < draws; begin += CHUNK) {
@@ -321,11 +206,11 @@ static void draw(const Key& key, uint64_t block, int64_t draws, float* out, Besi
     int64_t i = 0;
     for (; i + 3 <= count; i += 3) philox<3>(keys, key.stream, first + static_cast<uint64_t>(i) * W, words + i);
     for (; i < count; ++i) philox<1>(keys, key.stream, first + static_cast<uint64_t>(i) * W, words + i);
-    for (i = 0; i + 2 <= count; i += 2) {
-      beside((begin + i) * DRAW, 2 * DRAW);
-      transform<D, 2>(words + i, out + (begin + i) * DRAW);
+    for (i = 0; i + TOGETHER <= count; i += TOGETHER) {
+      beside((begin + i) * DRAW, TOGETHER * DRAW);
+      transform<D, TOGETHER>(words + i, out + (begin + i) * DRAW);
     }
-    if (i < count) {
+    for (; i < count; ++i) {
       beside((begin + i) * DRAW, DRAW);
       transform<D, 1>(words + i, out + (begin + i) * DRAW);
     }

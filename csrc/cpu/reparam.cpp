@@ -21,7 +21,7 @@ struct Tile {
 
 // Normals of a run of elements of a row of random numbers, which may begin inside a block of four.
 struct Noise {
-  float drawn[TILE + 2 * DRAW];
+  alignas(64) float drawn[TILE + 2 * DRAW];
 
   template <class Beside>
   const float* of(const Key& key, int64_t start, int64_t count, Beside&& beside) {

@@ -18,7 +18,7 @@ void fill_tile(const Key& key, int64_t begin, int64_t end, T* row) {
     draw<D>(key, static_cast<uint64_t>(begin / 4), whole, row + begin);
     begin += whole * DRAW;
   }
-  float drawn[TILE];
+  alignas(64) float drawn[TILE];
   draw<D>(key, static_cast<uint64_t>(begin / 4), (end - begin + DRAW - 1) / DRAW, drawn);
   sweep(end - begin, [&](int64_t i, int n) { store_n(row + begin + i, load(drawn + i), n); });
 }
