@@ -11,32 +11,53 @@ namespace {
 inline constexpr int QUERY_VECTORS = 3, KEY_ROWS = W == 16 ? 8 : 4;
 inline constexpr int ROWS = 6, COLUMNS = W == 16 ? 4 : 2;
 
-// scores[key][row] of KEY_ROWS keys and N vectors of rows: key[i] points to words, q is [word][row].
-template <bool DOT, int N>
-static void scores_block(const float* const* key, const float* q, int64_t q_step, int64_t words, float* scores,
-                         int64_t step, Fetch& ahead) {
-  for (int64_t k = 0; k < words;) {
-    const bool first = k == 0;
-    const int64_t end = least(words, k + CHAIN<DOT>);
-    F32 acc[KEY_ROWS][N] = {};
-    for (; k < end; ++k) {
+// Adds SIDE chains of `length` words, one behind the other, to scores[key][row] of KEY_ROWS keys and N vectors of rows.
+template <bool DOT, int N, int SIDE>
+OP_INLINE void scores_chains(const float* const* key, const float* q, int64_t q_step, int64_t k, int64_t length,
+                             float* scores, int64_t stride, [[maybe_unused]] int64_t between, Fetch& ahead) {
+  F32 acc[SIDE][KEY_ROWS][N] = {};
+  for (int64_t end = k + length; k < end; ++k) {
+    if constexpr (N > 1) {
       if (k % 2 == 0) line<2>(ahead);
+    } else if ((k & between) == 0) {
+      row(ahead);
+    }
+#pragma GCC unroll 2
+    for (int side = 0; side < SIDE; ++side) {
+      const int64_t at = k + side * CHAIN<DOT>;
       F32 row[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) row[n] = load(q + k * q_step + n * W);
+      for (int n = 0; n < N; ++n) row[n] = load(q + at * q_step + n * W);
 #pragma GCC unroll 8
       for (int i = 0; i < KEY_ROWS; ++i)
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) acc[i][n] = multiply_add<DOT>(key[i] + k, row[n], acc[i][n]);
+        for (int n = 0; n < N; ++n) acc[side][i][n] = multiply_add<DOT>(key[i] + at, row[n], acc[side][i][n]);
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < KEY_ROWS; ++i)
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
-        float* at = scores + i * step + n * W;
-        store(at, first ? acc[i][n] : load(at) + acc[i][n]);
-      }
   }
+  const bool first = k == length;
+#pragma GCC unroll 8
+  for (int i = 0; i < KEY_ROWS; ++i)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      float* at = scores + i * stride + n * W;
+      F32 sum = first ? acc[0][i][n] : load(at) + acc[0][i][n];
+      if constexpr (SIDE == 2) sum += acc[1][i][n];
+      store(at, sum);
+    }
+}
+
+// scores[key][row] of KEY_ROWS keys and N vectors of rows: key[i] points to words, q is [word][row]. A lone vector has
+// two chains side by side, as KEY_ROWS sums are fewer than a product's latency asks for, and fetches a row now and then
+// (`between` masks the steps between): its steps are short, and a line at every other one took a tenth of the time.
+template <bool DOT, int N>
+static void scores_block(const float* const* key, const float* q, int64_t q_step, int64_t words, float* scores,
+                         int64_t stride, int64_t between, Fetch& ahead) {
+  int64_t k = 0;
+  if constexpr (N == 1 && W == 16)
+    for (; k + 2 * CHAIN<DOT> <= words; k += 2 * CHAIN<DOT>)
+      scores_chains<DOT, N, 2>(key, q, q_step, k, CHAIN<DOT>, scores, stride, between / 2, ahead);
+  for (; k < words; k += CHAIN<DOT>)
+    scores_chains<DOT, N, 1>(key, q, q_step, k, least(CHAIN<DOT>, words - k), scores, stride, between, ahead);
 }
 
 // R rows of c [N vectors] = alpha c + p v over `depth` words: p is [word][row] or, ACROSS, [row][word]; v is
@@ -107,6 +128,8 @@ static void values_product(int rows, const float* p, int64_t p_step, const float
 template <bool DOT, class Unseen>
 static void scores_product(const float* const* key, int count, const float* q, int64_t groups, int64_t words,
                            float* scores, Fetch& ahead, Unseen&& unseen) {
+  int64_t between = 0;  // a block fetches as many rows as it has keys
+  while (2 * (between + 1) * KEY_ROWS <= words) between = 2 * between + 1;
   for (int j = 0; j < count; j += KEY_ROWS) {
     for (int64_t g = 0; g < groups;) {
       if (unseen(g, j)) {
@@ -116,7 +139,7 @@ static void scores_product(const float* const* key, int count, const float* q, i
       int64_t run = 1;
       while (run < QUERY_VECTORS && g + run < groups && !unseen(g + run, j)) ++run;
       const auto block = run == 3 ? scores_block<DOT, 3> : run == 2 ? scores_block<DOT, 2> : scores_block<DOT, 1>;
-      block(key + j, q + g * W, TALL, words, scores + j * TALL + g * W, TALL, ahead);
+      block(key + j, q + g * W, TALL, words, scores + j * TALL + g * W, TALL, between, ahead);
       g += run;
     }
   }
