@@ -56,6 +56,8 @@ OP_INLINE V xor3(V x, V y, uint32_t z) {
 OP_INLINE U32 interleave_low(U64 even, U64 odd) {
 #if defined(__AVX512F__)
   return (U32)_mm512_mask_shuffle_epi32((__m512i)even, 0xAAAA, (__m512i)odd, _MM_PERM_CCAA);
+#elif defined(__AVX2__)
+  return (U32)_mm256_blend_epi32((__m256i)even, (__m256i)(odd << 32), 0xAA);
 #else
   return (U32)((even & 0xFFFFFFFFu) | (odd << 32));
 #endif
@@ -65,6 +67,8 @@ OP_INLINE U32 interleave_low(U64 even, U64 odd) {
 OP_INLINE U32 interleave_high(U64 even, U64 odd) {
 #if defined(__AVX512F__)
   return (U32)_mm512_mask_shuffle_epi32((__m512i)odd, 0x5555, (__m512i)even, _MM_PERM_DDBB);
+#elif defined(__AVX2__)
+  return (U32)_mm256_blend_epi32((__m256i)(even >> 32), (__m256i)odd, 0xAA);
 #else
   return (U32)((even >> 32) | (odd & 0xFFFFFFFF00000000u));
 #endif

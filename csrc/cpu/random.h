@@ -197,7 +197,7 @@ OP_INLINE void transform(const Words* words, float* out) {
 // are made, to fetch what will be read with them: the memory is idle meanwhile.
 template <Distribution D, class Beside>
 static void draw(const Key& key, uint64_t block, int64_t draws, float* out, Beside&& beside) {
-  constexpr int64_t CHUNK = 12, TOGETHER = D == Distribution::normal ? 4 : 2;  // what was quickest
+  constexpr int64_t CHUNK = 12, TOGETHER = D == Distribution::normal && W == 16 ? 4 : 2;  // what was quickest
   const RoundKeys keys(key.seed);
   Words words[CHUNK];
   for (int64_t begin = 0; begin < draws; begin += CHUNK) {
