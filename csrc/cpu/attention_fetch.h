@@ -33,7 +33,7 @@ OP_INLINE void line(Fetch& f) {
 }
 
 // Asks for all lines behind the next pointer, if there is one: fewer instructions than line by line.
-OP_INLINE void row(Fetch& f) {
+OP_INLINE void lines(Fetch& f) {
   if (f.next == f.last) return;
   const char* at = *f.next++ + f.from;
   for (int64_t i = 0; i < f.bytes; i += 64) __builtin_prefetch(at + i, 0, 2);

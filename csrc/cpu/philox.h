@@ -1,5 +1,7 @@
 // Philox4x32-10: block n of W blocks gives four words, which lie in one lane of four vectors.
 #pragma once
+#include <utility>
+
 #include "onepass/recipe.h"
 #include "vec.h"
 
@@ -131,26 +133,21 @@ OP_INLINE void philox(const RoundKeys& keys, uint64_t stream, uint64_t block, Wo
   for (int n = 0; n < N; ++n) philox_across(keys, stream, block + static_cast<uint64_t>(n * W), words + n);
 }
 
-// Element j of block n, which is in a lane of v[j], becomes element 4 n + j of out.
+// Of each 128 bits of a and b the half at FROM, S floats of a and S of b in turn.
+template <int S, int FROM, int... J>
+OP_INLINE F32 zip(F32 a, F32 b, std::integer_sequence<int, J...>) {
+  return __builtin_shufflevector(a, b, (J / S % 2 * W + J / 4 * 4 + FROM + (S == 1 ? J % 4 / 2 : J % 2))...);
+}
+
+// Element j of block n, which is in a lane of v[j], becomes element 4 n + j of out: a transpose within 128 bits.
 OP_INLINE void weave(const F32 v[4], F32 out[4]) {
-#if defined(__AVX512F__)
-  const __m512 a = _mm512_unpacklo_ps(v[0], v[1]), b = _mm512_unpackhi_ps(v[0], v[1]);
-  const __m512 c = _mm512_unpacklo_ps(v[2], v[3]), d = _mm512_unpackhi_ps(v[2], v[3]);
-  out[0] = (F32)_mm512_unpacklo_pd((__m512d)a, (__m512d)c);
-  out[1] = (F32)_mm512_unpackhi_pd((__m512d)a, (__m512d)c);
-  out[2] = (F32)_mm512_unpacklo_pd((__m512d)b, (__m512d)d);
-  out[3] = (F32)_mm512_unpackhi_pd((__m512d)b, (__m512d)d);
-#elif defined(__AVX2__)
-  const __m256 a = _mm256_unpacklo_ps(v[0], v[1]), b = _mm256_unpackhi_ps(v[0], v[1]);
-  const __m256 c = _mm256_unpacklo_ps(v[2], v[3]), d = _mm256_unpackhi_ps(v[2], v[3]);
-  out[0] = (F32)_mm256_unpacklo_pd((__m256d)a, (__m256d)c);
-  out[1] = (F32)_mm256_unpackhi_pd((__m256d)a, (__m256d)c);
-  out[2] = (F32)_mm256_unpacklo_pd((__m256d)b, (__m256d)d);
-  out[3] = (F32)_mm256_unpackhi_pd((__m256d)b, (__m256d)d);
-#else
-  for (int j = 0; j < 4; ++j)
-    for (int i = 0; i < 4; ++i) out[j][i] = v[i][j];
-#endif
+  const std::make_integer_sequence<int, W> lanes;
+  for (int half = 0; half < 2; ++half) {
+    const F32 first = half ? zip<1, 2>(v[0], v[1], lanes) : zip<1, 0>(v[0], v[1], lanes);
+    const F32 last = half ? zip<1, 2>(v[2], v[3], lanes) : zip<1, 0>(v[2], v[3], lanes);
+    out[2 * half] = zip<2, 0>(first, last, lanes);
+    out[2 * half + 1] = zip<2, 2>(first, last, lanes);
+  }
 }
 
 }  // namespace onepass::ONEPASS_ISA

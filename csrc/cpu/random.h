@@ -99,8 +99,7 @@ OP_INLINE F32s<N> ln_reduced(const F32s<N>& f, const F32s<N>& k) {
   p = p * f + S * LN_7;
   const F32s<N> square = f * f;
   const F32s<N> tail = f * square * p + k * (S * LN2_LOW);
-  if constexpr (S == -2) return exact_fma(k, S * LN2_HIGH, exact_fma(f, S, square + tail));
-  return exact_fma(k, S * LN2_HIGH, exact_fma(square, S * -0.5f, tail) + f * S);
+  return exact_fma(k, S * LN2_HIGH, exact_fma(f, S, exact_fma(square, S * -0.5f, tail)));
 }
 
 // x = m 2^k with m in [sqrt(1/2), sqrt(2)): m - 1 and k.
