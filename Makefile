@@ -45,7 +45,7 @@ $(VENV)/torch.txt: $(BIN)/python force
 force:
 
 $(VENV)/built: $(VENV)/torch.txt $(SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]'
+	ONEPASS_NATIVE=$${ONEPASS_NATIVE:-1} $(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 build: $(VENV)/built

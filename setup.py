@@ -1,9 +1,11 @@
 """Builds onepass._C with CMake. engine/ is imported as onepass, kernels/ as onepass.kernels."""
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -27,13 +29,55 @@ PACKAGES = {
 }
 
 
+# The oldest compilers that the tests have passed with.
+PROBE = """
+#if defined(__clang__) ? __clang_major__ < 14 : __GNUC__ < 11
+#error "this compiler is too old: GCC 11 or Clang 14 is needed"
+#endif
+#include <omp.h>
+int main() { return omp_get_max_threads() < 1; }
+"""
+
+
+def compiler() -> list[str]:
+    """The C++ compiler that CMake would choose, as words of a command; empty where there is none."""
+    if chosen := shlex.split(os.environ.get("CXX", "")):
+        return chosen
+    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), [])
+
+
+def obstacle() -> str | None:
+    """Why the C++ kernels cannot be built here."""
+    if sys.platform != "linux":
+        return f"the C++ kernels are for Linux, this is {sys.platform}"
+    command = compiler()
+    if not command:
+        return "no C++ compiler found"
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = ["-std=c++17", "-fopenmp", "-x", "c++", "-", "-o", os.path.join(scratch, "probe")]
+        try:
+            subprocess.run([*command, *arguments], input=PROBE, text=True, check=True, stderr=subprocess.PIPE)
+        except OSError as failure:
+            return f"{shlex.join(command)} does not run ({failure.strerror})"
+        except subprocess.CalledProcessError as failure:
+            said = next((line for line in failure.stderr.splitlines() if "error" in line), failure.stderr.strip())
+            return f"{shlex.join(command)} cannot build C++17 with OpenMP ({said})"
+    return None
+
+
 class CMakeBuild(build_ext):
-    """CMake and ninja into one build folder a Python; without a C++ compiler the package is pure Python and says so."""
+    """CMake and ninja into one build folder a Python; where no compiler is fit the package is pure Python and says so.
+
+    ONEPASS_NATIVE=1 makes that an error, ONEPASS_NATIVE=0 asks for it.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         target = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve()
-        if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
-            print("onepass: no C++ compiler found: installing the pure-Python build (reference backend only)")
+        native = os.environ.get("ONEPASS_NATIVE", "")
+        if reason := "ONEPASS_NATIVE is 0" if native == "0" else obstacle():
+            if native not in ("", "0"):
+                raise SystemExit(f"onepass: {reason}; CXX names another compiler, ONEPASS_NATIVE=0 builds without one")
+            print(f"onepass: {reason}: installing the pure-Python build (reference backend only)")
             target.unlink(missing_ok=True)      # an older build's must not go into this wheel
             return
         import pybind11

@@ -22,16 +22,40 @@ def test_sdist_to_wheel_with_build_isolation(tmp_path: Path) -> None:
     check_wheel.check(next(tmp_path.glob("onepass-*.whl")))
 
 
-@pytest.mark.slow
-def test_without_a_compiler_the_pure_python_build_says_so(tmp_path: Path) -> None:
-    """setup.py on a path with no compiler: builds, prints one line, and the reference takes every call."""
-    environment = {k: v for k, v in os.environ.items() if k != "CXX"} | {"PATH": str(Path(sys.executable).parent)}
+def pure_python_wheel(folder: Path, **variables: str) -> str:
+    """Builds a wheel into `folder` and returns what setup.py said."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("CXX", "ONEPASS_NATIVE")} | variables
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT],
+        [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", folder, ROOT],
         env=environment, capture_output=True, text=True, check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "no C++ compiler found" in done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variables", "reason"), [
+    ({"CXX": "no-such-compiler"}, "no-such-compiler does not run"),
+    ({"CXX": "c++ -U__GNUC__ -D__GNUC__=10 -U__clang__"}, "too old: GCC 11 or Clang 14 is needed"),
+    ({"ONEPASS_NATIVE": "0"}, "ONEPASS_NATIVE is 0"),
+])
+def test_an_unfit_compiler_gives_the_pure_python_build(tmp_path: Path, variables: dict[str, str], reason: str) -> None:
+    assert reason in pure_python_wheel(tmp_path, **variables)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        assert not [name for name in wheel.namelist() if name.endswith(".so")]
+
+
+def test_an_unfit_compiler_is_an_error_where_kernels_are_asked_for(tmp_path: Path) -> None:
+    environment = os.environ | {"CXX": "no-such-compiler", "ONEPASS_NATIVE": "1"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode and "no-such-compiler does not run (No such file or directory); CXX names" in done.stderr
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_pure_python_build_says_so(tmp_path: Path) -> None:
+    """setup.py on a path with no compiler: builds, prints one line, and the reference takes every call."""
+    assert "no C++ compiler found" in pure_python_wheel(tmp_path, PATH=str(Path(sys.executable).parent))
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         assert not [name for name in wheel.namelist() if name.endswith(".so")]
         wheel.extractall(tmp_path / "site")

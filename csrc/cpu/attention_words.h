@@ -53,11 +53,11 @@ OP_INLINE void store_weights(float* to, int at, F32 x) {
 
 template <int S, int... J>
 OP_INLINE F32 lower(F32 a, F32 b, std::integer_sequence<int, J...>) {
-  return __builtin_shufflevector(a, b, ((J & S) ? W + J - S : J)...);
+  return shuffle<((J & S) ? W + J - S : J)...>(a, b);
 }
 template <int S, int... J>
 OP_INLINE F32 upper(F32 a, F32 b, std::integer_sequence<int, J...>) {
-  return __builtin_shufflevector(a, b, ((J & S) ? W + J : J + S)...);
+  return shuffle<((J & S) ? W + J : J + S)...>(a, b);
 }
 using Lanes = std::make_integer_sequence<int, W>;
 
@@ -82,8 +82,8 @@ OP_INLINE void transpose(F32 (&x)[W]) {
 // Lanes without S of the result are sums of two of a, those with it of b: a blend and one shuffle.
 template <int S, int... J>
 OP_INLINE F32 fold(F32 a, F32 b, std::integer_sequence<int, J...>) {
-  const F32 stay = __builtin_shufflevector(a, b, ((J & S) ? W + J : J)...);
-  return stay + __builtin_shufflevector(a, b, ((J & S) ? W + J - S : J + S)...);
+  const F32 stay = shuffle<((J & S) ? W + J : J)...>(a, b);
+  return stay + shuffle<((J & S) ? W + J - S : J + S)...>(a, b);
 }
 
 template <int S>

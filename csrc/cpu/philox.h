@@ -136,7 +136,7 @@ OP_INLINE void philox(const RoundKeys& keys, uint64_t stream, uint64_t block, Wo
 // Of each 128 bits of a and b the half at FROM, S floats of a and S of b in turn.
 template <int S, int FROM, int... J>
 OP_INLINE F32 zip(F32 a, F32 b, std::integer_sequence<int, J...>) {
-  return __builtin_shufflevector(a, b, (J / S % 2 * W + J / 4 * 4 + FROM + (S == 1 ? J % 4 / 2 : J % 2))...);
+  return shuffle<(J / S % 2 * W + J / 4 * 4 + FROM + (S == 1 ? J % 4 / 2 : J % 2))...>(a, b);
 }
 
 // Element j of block n, which is in a lane of v[j], becomes element 4 n + j of out: a transpose within 128 bits.

@@ -45,6 +45,17 @@ OP_INLINE U32 iota() {
   return lane;
 }
 
+// Lane i is lane J[i] of a, or of b from W on. GCC has no __builtin_shufflevector before 12, Clang no
+// __builtin_shuffle.
+template <int... J>
+OP_INLINE F32 shuffle(F32 a, F32 b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, J...);
+#else
+  return __builtin_shuffle(a, b, I32{J...});
+#endif
+}
+
 // a * b + c in one rounding where the hardware has it. Never in the random numbers, which must not depend on that.
 OP_INLINE F32 fma(F32 a, F32 b, F32 c) {
 #if defined(__AVX512F__)
@@ -138,14 +149,11 @@ OP_INLINE F32 widen(U16 half, F16) {
 #elif defined(__aarch64__)
   return vcvt_f32_f16((float16x4_t)half);
 #else
-  F32 x;
-  for (int i = 0; i < W; ++i) {
-    _Float16 h;
-    uint16_t bits = half[i];
-    std::memcpy(&h, &bits, sizeof h);
-    x[i] = static_cast<float>(h);
-  }
-  return x;
+  const I32 bits = (I32) __builtin_convertvector(half, U32), size = bits & 0x7FFF;
+  const I32 quiet = size > 0x7C00 ? splat_i32(0x7FC00000) : splat_i32(0x7F800000);
+  const I32 normal = size < 0x7C00 ? (size << 13) + (112 << 23) : quiet | size << 13;
+  const I32 value = size < 0x400 ? (I32)(to_f32(size) * 0x1p-24f) : normal;
+  return (F32)(value | (bits & 0x8000) << 16);
 #endif
 }
 
@@ -164,14 +172,12 @@ OP_INLINE U16 narrow(F32 x, F16) {
 #elif defined(__aarch64__)
   return (U16)vcvt_f16_f32(x);
 #else
-  U16 half{};
-  for (int i = 0; i < W; ++i) {
-    const _Float16 h = static_cast<_Float16>(x[i]);
-    uint16_t bits;
-    std::memcpy(&bits, &h, sizeof bits);
-    half[i] = bits;
-  }
-  return half;
+  const I32 bits = (I32)x, size = bits & 0x7FFFFFFF;
+  const I32 normal = (I32)(((U32)size + 0xFFFu + (((U32)size >> 13) & 1u) - (112u << 23)) >> 13);
+  const I32 denormal = (I32)((F32)size + 0.5f) - (I32)splat(0.5f);  // of 0.5 the last place is a half's smallest step
+  const I32 large = size > 0x7F800000 ? ((size >> 13) & 0x3FF) | 0x7E00 : splat_i32(0x7C00);
+  const I32 value = size < (113 << 23) ? denormal : size < (143 << 23) ? normal : large;
+  return __builtin_convertvector((U32)(value | ((bits >> 16) & 0x8000)), U16);
 #endif
 }
 
