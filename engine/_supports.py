@@ -167,7 +167,7 @@ def varlen_cuda(*args: Any) -> str | None:
 
 def no_gradient(*args: Any) -> str | None:
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-        return "a gradient is needed, and only the reference has one on a device"
+        return "a gradient is needed, and this backend has none yet"
     return None
 
 

@@ -107,5 +107,5 @@ def kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> str | No
 
 
 def varlen(*args: Any) -> str | None:
-    """Ragged rows: no gradient, and what the CPU asks of pages."""
-    return _supports.no_gradient(*args) or _supports.page_strides(*args[1:3]) or floats(*args)
+    """Ragged rows: what the CPU asks of pages."""
+    return _supports.page_strides(*args[1:3]) or floats(*args)

@@ -18,7 +18,7 @@ from . import _supports as supports
 from . import _supports_triton as triton
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-_DEVICE_BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}      # preferred first; the reference takes the rest
+_DEVICE_BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}      # the reference takes the rest
 
 
 class FallbackWarning(UserWarning):
@@ -44,7 +44,7 @@ class Op:
     name: str
     schema: str                             # without the name; every op ends in `*, str? backend=None`
     public: str                             # the public functions that it serves
-    impls: dict[str, Impl]
+    impls: dict[str, Impl]                  # preferred first
     check: Callable[..., None] | None = None    # of the core arguments, before any implementation: may read values
 
 
@@ -185,8 +185,8 @@ _TABLE = [
         "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
         "the gradient of attention",
         {
+            "triton": Impl("onepass.kernels.attention_backward:backward", triton.floats, _ANY_STRIDES),
             "cuda": Impl("onepass.reference.attention:attention_backward", supports.floats_cuda, _BUILT_CLOSED_FORM),
-            "triton": Impl("onepass.reference.attention:attention_backward", triton.floats, _CLOSED_FORM),
             "cpu": Impl("onepass._native.attention:backward", supports.floats_cpu, f"{_HALF_AND_SINGLE}; any strides"),
             "reference": _reference("attention:attention_backward"),
         },
@@ -200,7 +200,7 @@ _TABLE = [
             "cuda": Impl(
                 "onepass._native.attention_varlen:forward", supports.varlen_cuda, f"{_PAGES}; no gradient; {_ON_CUDA}"
             ),
-            "triton": Impl("onepass.kernels.attention:varlen_forward", triton.varlen, f"{_PAGES}; no gradient"),
+            "triton": Impl("onepass.kernels.attention:varlen_forward", triton.varlen, _PAGES),
             "cpu": Impl("onepass._native.attention_varlen:forward", supports.varlen_cpu, _PAGES),
             "reference": _reference("attention_varlen:attention_varlen_forward"),
         },
@@ -213,6 +213,7 @@ _TABLE = [
         "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
         "the gradient of attention_varlen",
         {
+            "triton": Impl("onepass.kernels.attention_backward:varlen_backward", triton.floats, _ANY_STRIDES),
             "cpu": Impl(
                 "onepass._native.attention_varlen:backward", supports.floats_cpu, f"{_HALF_AND_SINGLE}; any strides"
             ),
@@ -367,7 +368,8 @@ def choose(name: str, args: tuple[Any, ...], backend: str | None = None) -> str:
             raise ValueError(f"{name}: backend={asked!r} cannot take this call: {why}")
         return asked
     reasons = []
-    for candidate in _DEVICE_BACKENDS.get(_device_type(args), ()):
+    there = _DEVICE_BACKENDS.get(_device_type(args), ())
+    for candidate in filter(there.__contains__, op.impls):
         why = refusal(op, candidate, args)
         if why is None:
             return candidate

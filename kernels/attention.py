@@ -35,7 +35,7 @@ from ._keys import (
     turned,
     unit,
 )
-from ._math import expm1
+from ._scores import biased, capped
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 SPLIT_ROWS: tl.constexpr = tl.constexpr(64)         # query rows: with more the keys are not split
@@ -46,7 +46,7 @@ _RAW = ["tokens", "queries", "keys", "capacity", "cache_rows", "appended", "spli
 
 
 @triton.jit
-def _sunk(m, total, sink):
+def sunk(m, total, sink):
     """(most, sum) with the sink among the keys, and by how much what is summed so far fades."""
     highest = tl.maximum(m, sink)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
@@ -136,34 +136,11 @@ def attend(
         k = tl.load(from_k[None, :] + d[:, None], mask=there[None, :] & (d < D)[:, None], other=0.0)
         s = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scale
         if CAPPED:
-            e = expm1(tl.minimum(tl.abs(s) * (2.0 / softcap), 60.0))
-            bent = softcap * (e / (e + 2.0))
-            s = tl.where(s < 0, bent * -1.0, tl.where(s == s, bent, s))
-        distance = (behind + query)[:, None] - at[None, :]
-        if Slopes is not None:
-            slope = tl.load(Slopes + b * slope_row + head)
-            s -= slope[:, None] * tl.abs(distance).to(tl.float32)
-        allowed = there[None, :] & real[:, None]
-        if CAUSAL:
-            allowed = allowed & (distance >= 0)
-        if LEFT:
-            allowed = allowed & (distance <= window_left)
-        if RIGHT:
-            allowed = allowed & (distance >= 0 - window_right)
-        if Mask is not None:
-            from_mask = b.to(tl.int64) * mask_row + head.to(tl.int64) * mask_head + query.to(tl.int64) * mask_query
-            given = tl.load(Mask + from_mask[:, None] + at[None, :] * mask_key, mask=allowed, other=0)
-            if Mask.dtype.element_ty == tl.uint8:
-                allowed = allowed & (given != 0)
-            else:
-                s += given.to(tl.float32)
-        if Tree is not None:
-            column = at - behind
-            from_tree = (b.to(tl.int64) * queries + query) * queries
-            asks = allowed & (column >= 0)[None, :]
-            seen = tl.load(Tree + from_tree[:, None] + column[None, :], mask=asks, other=1)
-            allowed = allowed & (seen != 0)
-        s = tl.where(allowed, s, float("-inf"))
+            s = capped(s, softcap)
+        s = biased(
+            s, Slopes, Mask, Tree, b, head, query, at, there[None, :] & real[:, None], behind, queries, slope_row,
+            mask_row, mask_head, mask_query, mask_key, window_left, window_right, CAUSAL, LEFT, RIGHT,
+        )
         highest = tl.maximum(m, tl.max(s, 1))
         shift = tl.where(highest == float("-inf"), 0.0, highest)
         p = tl.exp2((s - shift[:, None]) * LOG2E)
@@ -182,7 +159,7 @@ def attend(
         tl.store(Sums + 2 * part + 1, total, mask=real)
     else:
         if Sinks is not None:
-            m, total, fade = _sunk(m, total, tl.load(Sinks + head).to(tl.float32))
+            m, total, fade = sunk(m, total, tl.load(Sinks + head).to(tl.float32))
             acc = acc * fade[:, None]
         lse, divisor = _ended(m, total)
         out = acc / divisor[:, None]
@@ -218,7 +195,7 @@ def combine(
         acc = acc * fade + weight * x
         m = highest
     if Sinks is not None:
-        m, total, fade = _sunk(m, total, tl.load(Sinks + head).to(tl.float32))
+        m, total, fade = sunk(m, total, tl.load(Sinks + head).to(tl.float32))
         acc = acc * fade
     lse, divisor = _ended(m, total)
     out = acc / divisor

@@ -38,7 +38,7 @@ def onepass_on(backend):
     return lambda q, k, v, **chosen: onepass.attention(q, k, v, backend=backend, **chosen)
 
 
-def assert_gradients_as_good_as_torch(case, option, dtype):
+def assert_gradients_as_good_as_torch(case, option, dtype, backend="cpu"):
     """The rule compares the largest errors; of few numbers these are luck, so a small case is drawn many times."""
     draws = []
     fewest = case[3] if option in ("sinks", "many") else case[0] * case[1] * case[3] * case[5]
@@ -50,7 +50,7 @@ def assert_gradients_as_good_as_torch(case, option, dtype):
         of_out = randn(*leaves[0].shape[:3], case[6], seed=100 * draw + 8, dtype=dtype)
         wide = [x.double() for x in leaves], in_float64(chosen), of_out.double()
         draws.append((
-            gradients(onepass_on("cpu"), leaves, chosen, of_out),
+            gradients(onepass_on(backend), leaves, chosen, of_out),
             gradients(lambda q, k, v, **o: core(q, k, v, **o)[0], leaves, chosen, of_out),
             gradients(onepass_on("reference"), *wide),
         ))  # fmt: skip

@@ -160,7 +160,25 @@ def attention() -> None:
     kernels.forward(x, x, x, False, -1, -1, 0.0, 0.1, None, None, empty(1024, 1024))
 
 
+def attention_backward() -> None:
+    from onepass.kernels import attention_backward as kernels
+
+    def dense(q: Tensor, k: Tensor, causal: bool, *scores: object) -> None:
+        lse = empty(q.shape[0], q.shape[2], q.shape[1])
+        kernels.backward(q, None, q, k, k, q, lse, causal, *scores)
+
+    plain = (-1, -1, 0.0, 0.1, None, None, None)
+    for dtype, dim in ((torch.bfloat16, 64), (torch.bfloat16, 256), (torch.float32, 64), (torch.float32, 128)):
+        q = empty(2, 1024, 16, dim, dtype=dtype)
+        dense(q, q[:, :, :4], True, *plain)
+    q = empty(2, 1024, 16, 128, dtype=torch.float16)
+    dense(q, q, False, 1023, 0, 30.0, 0.1, empty(16), empty(16), empty(1024, 1024, dtype=torch.bool))
+    q, k = (empty(4096, heads, 128, dtype=torch.bfloat16) for heads in (32, 8))
+    i32 = lambda n: empty(n, dtype=torch.int32)
+    kernels.varlen_backward(q, None, q, k, k, q, empty(32, 4096), i32(9), i32(9), 512, 1024, True, -1, -1, 0.0, 0.1)
+
+
 STEMS: dict[str, Callable[[], None]] = {
     "rng": rng, "reparam": reparam, "latent": latent, "gumbel": gumbel, "denoise": denoise, "volrend": volrend,
-    "attention": attention,
+    "attention": attention, "attention_backward": attention_backward,
 }
