@@ -48,10 +48,12 @@ struct MergeRow {
     lses = p.lses + b * p.lse_batch + h * p.lse_head + i * p.lse_step;
     const float given = p.sinks ? p.sinks[h] : -INFINITY;
     top = given;
+#pragma unroll 1
     for (int64_t n = lane; n < p.parts; n += LANES) top = fmaxf(top, lses[n * p.lse_part]);
 #pragma unroll
     for (int bit = LANES / 2; bit; bit /= 2) top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, bit));
     double total = 0;
+#pragma unroll 1
     for (int64_t n = lane; n < p.parts; n += LANES) total += weight(lses[n * p.lse_part]);
     sink = weight(given);
     whole = static_cast<float>(lanes_sum<LANES>(total) + sink);
@@ -90,7 +92,7 @@ __device__ __forceinline__ void put(T* row, int64_t d, int64_t dim, const float 
 }
 
 template <class T, int LANES, bool WIDE>
-__global__ void __launch_bounds__(SHORT_BLOCK) merge_parts(Merge p, T* out, float* lse) {
+__global__ void __launch_bounds__(SHORT_BLOCK, 1) merge_parts(Merge p, T* out, float* lse) {
   const MergeRow<T, LANES> row(p);
   if (row.there && row.lane == 0) lse[row.lse_at] = row.none() ? -INFINITY : row.top + logf(row.whole);
   for (int64_t chunk = 0; chunk < p.dim; chunk += LANES * PACK<T>) {
@@ -127,7 +129,7 @@ __global__ void __launch_bounds__(SHORT_BLOCK) merge_parts(Merge p, T* out, floa
 // result itself is not read: it was rounded. A lane keeps s of its part, or where it has several writes them to dlses,
 // which it alone reads again.
 template <class T, int LANES, bool WIDE>
-__global__ void __launch_bounds__(SHORT_BLOCK) merge_parts_backward(MergeBackward call) {
+__global__ void __launch_bounds__(SHORT_BLOCK, 1) merge_parts_backward(MergeBackward call) {
   const Merge& p = call.forward;
   const MergeRow<T, LANES> row(p);
   const T* grad = static_cast<const T*>(call.grad_out) + row.at * p.dim;
@@ -170,11 +172,13 @@ __global__ void __launch_bounds__(SHORT_BLOCK) merge_parts_backward(MergeBackwar
     }
   }
   double mean = 0;
+#pragma unroll 1
   for (int64_t n = row.lane; n < p.parts; n += LANES)
     mean += static_cast<double>(row.share(n)) * (stored ? dlses[n * row.rows] : kept);
   mean = lanes_sum<LANES>(mean);
   if (!row.there) return;
   const float on_lse = call.grad_lse ? call.grad_lse[row.lse_at] : 0.0f;
+#pragma unroll 1
   for (int64_t n = row.lane; n < p.parts; n += LANES) {
     const float share = row.share(n);
     const double inner = stored ? dlses[n * row.rows] : kept;
