@@ -4,8 +4,8 @@ Bytes: a part and its LSE are read once and the result is written once; the grad
 theirs. A program takes R rows of the result and walks over the parts, some at a time so that their loads are under way
 together; a part that saw no key (LSE -inf) is not loaded. R, the tiles and the order of every sum follow from the
 channels and the number of parts alone. The gradient needs each part's dot product with the result's gradient and their
-weighted mean, in float64 as on the CPU: up to 64 parts both stay in registers, with more a second launch takes the mean
-off.
+weighted mean, in float64 as on the CPU: both stay in registers up to 64 parts (of 9 to 16 channels 32, of fewer 16),
+with more a second launch takes the mean off.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TILE = 512         # channels of all rows of a program
 _CHANNELS = 1024    # of a row that are taken at a time
 _LSES = 1024        # LSEs of all rows of a program that are held at a time
 _PARTS = 64         # of a row likewise
-_AHEAD = 8          # parts whose loads are under way together; backward half of them
+_AHEAD = 8          # parts whose loads are under way together; backward half of them, in float32 a quarter
 _RAW = ["rows", "parts", "length", "heads", "part", "batch", "step", "head", "lse_part", "lse_batch", "lse_head",
         "lse_step"]
 
@@ -241,7 +241,7 @@ def backward(
         held = parts <= options["BN"]
         means = None if held else torch.empty(rows, dtype=torch.float64, device=lses.device)
         grad, _ = _on_wide(grad_out.contiguous())
-        ahead = 1 if options["D"] > options["BD"] else min(power_of_two(parts), _AHEAD // 2)
+        ahead = 1 if options["D"] > options["BD"] else min(power_of_two(parts), _AHEAD // outs.element_size())
         grid = (-(-rows // options["R"]),)
         with on(outs):
             merge_parts_backward[grid](
