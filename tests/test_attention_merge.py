@@ -116,7 +116,7 @@ def test_a_row_has_the_bits_that_it_has_alone(case, backend):
     before = torch.get_num_threads()
     try:
         whole = run(slice(0, 3))
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3) if backend == "cpu" else (1,):
             torch.set_num_threads(threads)
             assert all(map(torch.equal, run(slice(0, 3)), whole))
             for b in range(3):
