@@ -11,8 +11,10 @@ import cases
 from helpers import assert_as_good_as_torch
 from test_attention_merge import parts, randn
 
-# (parts, B, S, H, D): rows of 8, 16 and 32 lanes and past them, in 16 bytes and one by one; parts to a lane: one, many
-CASES = ((3, 1, 5, 3, 32), (9, 2, 1, 3, 33), (20, 1, 3, 2, 64), (33, 1, 2, 2, 128), (70, 1, 1, 3, 132), (5, 1, 2, 2, 301))
+# (parts, B, S, H, D): rows of 8, 16 and 32 lanes and past them, in 16 bytes and one by one; to a lane one part or many
+CASES = (
+    (3, 1, 5, 3, 32), (9, 2, 1, 3, 33), (20, 1, 3, 2, 64), (33, 1, 2, 2, 128), (70, 1, 1, 3, 132), (5, 1, 2, 2, 301),
+)
 
 
 def run(outs, lses, sinks, on_out, on_lse, device, backend="cuda"):
