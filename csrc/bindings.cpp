@@ -14,7 +14,6 @@
 #include <cpuid.h>
 #endif
 
-#include "onepass/attention_merge.h"
 #include "onepass/bandwidth.h"
 
 using namespace onepass;
@@ -222,44 +221,19 @@ void bind_attention(py::module_& m) {
   });
 }
 
-// outs [N, B, S, H, D], lses [N, B, H, S]
-Merge merge(const Array& outs, const Array& lses, const Array& sinks, int num_threads) {
-  return {outs.size(0),
-          outs.size(1),
-          outs.size(2),
-          outs.size(3),
-          outs.size(4),
-          outs.dtype(),
-          {outs.as<const void>(), outs.stride(1), outs.stride(2), outs.stride(3)},
-          outs.stride(0),
-          lses.as<const float>(),
-          lses.stride(0),
-          lses.stride(1),
-          lses.stride(2),
-          lses.stride(3),
-          sinks.as<const float>(),
-          num_threads};
-}
-
 void bind_attention_merge(py::module_& m) {
-  m.def("merge_attention", [](const Array& outs, const Array& lses, const Array& sinks, const Array& out,
-                              const Array& lse, int num_threads) {
-    const Merge p = merge(outs, lses, sinks, num_threads);
-    py::gil_scoped_release nogil;
-    kernels.attention_merge.forward(p, out.as<void>(), lse.as<float>());
-  });
-  m.def("merge_attention_backward",
-        [](const Array& outs, const Array& lses, const Array& sinks, const Array& grad_out, const Array& grad_lse,
-           const Array& douts, const Array& dlses, const Array& dsinks, int num_threads) {
-          const MergeBackward p{merge(outs, lses, sinks, num_threads),
-                                grad_out.as<const void>(),
-                                grad_lse.as<const float>(),
-                                douts.as<void>(),
-                                dlses.as<float>(),
-                                dsinks.as<float>()};
-          py::gil_scoped_release nogil;
-          kernels.attention_merge.backward(p);
-        });
+  def_merge_attention<int>(
+      m,
+      [](Merge p, void* out, float* lse, int num_threads) {
+        p.num_threads = num_threads;
+        py::gil_scoped_release nogil;
+        kernels.attention_merge.forward(p, out, lse);
+      },
+      [](MergeBackward p, int num_threads) {
+        p.forward.num_threads = num_threads;
+        py::gil_scoped_release nogil;
+        kernels.attention_merge.backward(p);
+      });
 }
 
 void bind_bandwidth(py::module_& m) {

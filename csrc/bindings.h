@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "onepass/attention.h"
+#include "onepass/attention_merge.h"
 #include "onepass/denoise.h"
 #include "onepass/gumbel.h"
 #include "onepass/latent.h"
@@ -194,6 +195,41 @@ void def_kvcache_append(py::module_& m, Run run) {
                heads(k_cache), heads(v_cache), cache, rotary(cos, sin, interleaved), 0, static_cast<Codes>(codes),
                scales(k_scale), scales(v_scale)},
         target);
+  });
+}
+
+// outs [N, B, S, H, D], lses [N, B, H, S]
+inline Merge merge(const Array& outs, const Array& lses, const Array& sinks) {
+  return {outs.size(0),
+          outs.size(1),
+          outs.size(2),
+          outs.size(3),
+          outs.size(4),
+          outs.dtype(),
+          {outs.as<const void>(), outs.stride(1), outs.stride(2), outs.stride(3)},
+          outs.stride(0),
+          lses.as<const float>(),
+          lses.stride(0),
+          lses.stride(1),
+          lses.stride(2),
+          lses.stride(3),
+          sinks.as<const float>(),
+          0};
+}
+
+// As def_denoise_step.
+template <class Target, class Forward, class Backward>
+void def_merge_attention(py::module_& m, Forward forward, Backward backward) {
+  m.def("merge_attention", [forward](const Array& outs, const Array& lses, const Array& sinks, const Array& out,
+                                     const Array& lse, const Target& target) {
+    forward(merge(outs, lses, sinks), out.as<void>(), lse.as<float>(), target);
+  });
+  m.def("merge_attention_backward", [backward](const Array& outs, const Array& lses, const Array& sinks,
+                                               const Array& grad_out, const Array& grad_lse, const Array& douts,
+                                               const Array& dlses, const Array& dsinks, const Target& target) {
+    backward(MergeBackward{merge(outs, lses, sinks), grad_out.as<const void>(), grad_lse.as<const float>(),
+                           douts.as<void>(), dlses.as<float>(), dsinks.as<float>()},
+             target);
   });
 }
 

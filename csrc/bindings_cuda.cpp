@@ -92,6 +92,10 @@ void bind_attention(py::module_& m) {
     cuda::attention_forward(p, workspace.data(), on(place));
   });
   def_kvcache_append<Place>(m, [](const Append& p, const Place& place) { cuda::kvcache_append(p, on(place)); });
+  def_merge_attention<Place>(
+      m,
+      [](const Merge& p, void* out, float* lse, const Place& place) { cuda::merge_attention(p, out, lse, on(place)); },
+      [](const MergeBackward& p, const Place& place) { cuda::merge_attention_backward(p, on(place)); });
 }
 
 }  // namespace

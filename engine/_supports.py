@@ -56,6 +56,16 @@ def merge_backward_cpu(
     return native_cpu(grad_out, grad_lse) or merge_cpu(outs, lses, *args)
 
 
+def merge_cuda(outs: Tensor, lses: Tensor, *args: Any) -> str | None:
+    return floats_cuda(outs, lses, *args) or cpu_dtype(lses.dtype)
+
+
+def merge_backward_cuda(
+    grad_out: Tensor, grad_lse: Tensor | None, outs: Tensor, lses: Tensor, *args: Any
+) -> str | None:
+    return native_cuda(grad_out, grad_lse) or merge_cuda(outs, lses, *args)
+
+
 def rng_cpu(shape: Any, distribution: str, seed: int, seeds: Tensor | None, stream: int, streams: Tensor | None,
             offset: int, offsets: Tensor | None, dtype: torch.dtype, device: torch.device) -> str | None:
     if device.type != "cpu":

@@ -109,3 +109,11 @@ def kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> str | No
 def varlen(*args: Any) -> str | None:
     """Ragged rows: what the CPU asks of pages."""
     return _supports.page_strides(*args[1:3]) or floats(*args)
+
+
+def merge(outs: Tensor, lses: Tensor, *args: Any) -> str | None:
+    return floats(outs, lses, *args) or cpu_dtype(lses.dtype)
+
+
+def merge_backward(grad_out: Tensor, grad_lse: Tensor | None, *args: Any) -> str | None:
+    return on_gpu(grad_out, grad_lse) or merge(*args)

@@ -256,8 +256,10 @@ _TABLE = [
         "(Tensor outs, Tensor lses, Tensor? sinks, *, str? backend=None) -> (Tensor out, Tensor lse)",
         "merge_attention",
         {
-            "cuda": Impl("onepass.reference.attention:merge_attention", supports.floats_cuda, _BUILT_CLOSED_FORM),
-            "triton": Impl("onepass.reference.attention:merge_attention", triton.floats, _CLOSED_FORM),
+            "cuda": Impl(
+                "onepass._native.attention_merge:merge_attention", supports.merge_cuda, f"{_ANY_STRIDES}; {_BUILT}"
+            ),
+            "triton": Impl("onepass.kernels.attention_merge:forward", triton.merge, _ANY_STRIDES),
             "cpu": Impl("onepass._native.attention_merge:merge_attention", supports.merge_cpu, _ANY_STRIDES),
             "reference": _reference("attention:merge_attention"),
         },
@@ -269,9 +271,10 @@ _TABLE = [
         "the gradient of merge_attention",
         {
             "cuda": Impl(
-                "onepass.reference.attention:merge_attention_backward", supports.floats_cuda, _BUILT_CLOSED_FORM
+                "onepass._native.attention_merge:merge_attention_backward", supports.merge_backward_cuda,
+                f"{_ANY_STRIDES}; {_BUILT}",
             ),
-            "triton": Impl("onepass.reference.attention:merge_attention_backward", triton.floats, _CLOSED_FORM),
+            "triton": Impl("onepass.kernels.attention_merge:backward", triton.merge_backward, _ANY_STRIDES),
             "cpu": Impl(
                 "onepass._native.attention_merge:merge_attention_backward", supports.merge_backward_cpu, _ANY_STRIDES
             ),

@@ -28,8 +28,9 @@ RAGGED = (
     (),
 )
 # ---- merge_attention: (parts, ..., queries, heads, value_dim) ----
-# one part, many, no leading dims and two, odd dims, more channels than are summed at a time, zero sizes
+# one part, many, more than are held at a time, no leading dims and two, odd dims, more channels than are summed at a
+# time on the CPU and on a GPU, zero sizes
 MERGES = (
-    (1, 2, 3, 4, 64), (33, 1, 4, 16, 128), (4, 5, 2, 7), (3, 2, 2, 9, 3, 40), (2, 3, 70, 2, 300), (2, 0, 3, 2, 8),
-    (2, 2, 0, 2, 8), (2, 2, 3, 2, 0),
+    (1, 2, 3, 4, 64), (33, 1, 4, 16, 128), (300, 2, 3, 24), (4, 5, 2, 7), (3, 2, 2, 9, 3, 40), (2, 3, 70, 2, 300),
+    (2, 2, 8, 1100), (2, 0, 3, 2, 8), (2, 2, 0, 2, 8), (2, 2, 3, 2, 0),
 )

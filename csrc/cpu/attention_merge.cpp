@@ -87,13 +87,16 @@ void backward_as(const MergeBackward& p) {
       const float share = row.weight(n) / whole;
       T* target = static_cast<T*>(p.douts) + (n * rows + row.at) * f.dim;
       const T* part = row.part<T>(n);
-      F32 dot{};
-      sweep(f.dim, [&](int64_t d, int m) {
-        const F32 g = load_n(grad + d, m);
-        if (share != 0) dot = fma(g, load_n(part + d, m), dot);
-        store_n(target + d, share == 0 ? F32{} : splat(share) * g, m);
-      });
-      const float inner = sum(dot);
+      float inner = 0;
+      for (int64_t from = 0; from < f.dim; from += CHANNELS) {
+        F32 dot{};
+        sweep(f.dim - from < CHANNELS ? f.dim - from : CHANNELS, [&](int64_t d, int m) {
+          const F32 g = load_n(grad + from + d, m);
+          if (share != 0) dot = fma(g, load_n(part + from + d, m), dot);
+          store_n(target + from + d, share == 0 ? F32{} : splat(share) * g, m);
+        });
+        inner += sum(dot);
+      }
       mean += static_cast<double>(share) * inner;
       p.dlses[n * rows + row.lse_at] = inner;
     }

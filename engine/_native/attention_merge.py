@@ -1,4 +1,4 @@
-"""The join of partial attention on the CPU."""
+"""The join of partial attention on the CPU and on CUDA devices."""
 from __future__ import annotations
 
 import math
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C
+from . import kernels
 from .attention import _floats, _unit_stride
 
 
@@ -21,7 +21,8 @@ def _flat(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 def merge_attention(outs: Tensor, lses: Tensor, sinks: Tensor | None, out: Any = None) -> tuple[Tensor, Tensor]:
     merged, lse = outs.new_empty(outs.shape[1:]), torch.empty(lses.shape[1:], dtype=torch.float32, device=lses.device)
     if lse.numel():
-        _C.merge_attention(*_flat(outs, lses), _floats(sinks), merged, lse, torch.get_num_threads())
+        native, place = kernels(outs)
+        native.merge_attention(*_flat(outs, lses), _floats(sinks), merged, lse, place)
     return merged, lse
 
 
@@ -33,10 +34,11 @@ def merge_attention_backward(
     dlses = torch.empty(lses.shape, dtype=torch.float32, device=lses.device)
     dsinks = outs.new_zeros(0 if sinks is None else lse.shape, dtype=torch.float32)
     if dlses.numel():
-        _C.merge_attention_backward(
+        native, place = kernels(outs)
+        native.merge_attention_backward(
             *_flat(outs, lses), _floats(sinks), grad_out.contiguous(), _floats(grad_lse), douts, dlses,
-            None if sinks is None else dsinks, torch.get_num_threads(),
+            None if sinks is None else dsinks, place,
         )
     if sinks is None:
         return douts, dlses.to(lses.dtype), outs.new_empty(0)
-    return douts, dlses.to(lses.dtype), dsinks.movedim(-2, 0).flatten(1).sum(1).to(sinks.dtype)
+    return douts, dlses.to(lses.dtype), dsinks.movedim(-2, 0).flatten(1).sum(1, dtype=torch.float64).to(sinks.dtype)

@@ -39,6 +39,9 @@ LIMITS: list[tuple[str, str, str, str, int, int | None]] = [
     ("soften_rows", ".* HARD=True.* T=[1-9].*", "sm_.*", "wide_load", 0, None),     # the tiles have said which it is
     ("denoise_tiles", ".*", "sm_.*", "wide_load", 2, None),
     ("denoise_tiles", ".*", "sm_.*", "wide_store", 1, None),
+    ("merge_parts", ".*UNIT=[48].*", "sm_.*", "wide_load", 2, None),
+    ("merge_parts_backward", ".*UNIT=[48].*", "sm_.*", "wide_load", 3, None),
+    ("merge_parts|merge_parts_backward", ".*UNIT=[48].*", "sm_.*", "wide_store", 1, None),
     # CUDA C++
     ("fill", ".*", "sm_.*", "wide_store", 1, None),
     ("fill", ".*", "sm_.*", "fma", 0, 12),      # square roots and an index: test_compiled.py looks at the rest
@@ -56,6 +59,10 @@ LIMITS: list[tuple[str, str, str, str, int, int | None]] = [
     ("gumbel_kept", "fp32.*", "sm_.*", "wide_load", 2, None),
     ("gumbel_again", "fp32.*", "sm_.*", "wide_load", 4, None),
     ("gumbel_.*", "fp32.*", "sm_.*", "wide_store", 1, None),
+    ("merge_parts", ".*, true", "sm_.*", "wide_load", 4, None),
+    ("merge_parts", ".*, true", "sm_.*", "wide_store", 1, None),
+    ("merge_parts_backward", ".*, true", "sm_.*", "wide_load", 5, None),
+    ("merge_parts_backward", ".*, true", "sm_.*", "wide_store", 4, None),
     ("step", ".*", "sm_.*", "wide_load", 4, None),
     ("step", ".*", "sm_.*", "wide_store", 2, None),
     ("attend", ".*", "sm_.*", "async_load", 2, None),

@@ -30,4 +30,9 @@ struct MergeKernels {
 
 ONEPASS_KERNELS(MergeKernels, attention_merge)
 
+namespace cuda {
+void merge_attention(const Merge&, void* out, float* lse, const Stream&);
+void merge_attention_backward(const MergeBackward&, const Stream&);
+}  // namespace cuda
+
 }  // namespace onepass

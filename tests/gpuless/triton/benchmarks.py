@@ -44,6 +44,8 @@ def passes(launch: driver.Launch) -> float:
         return value["count"]
     if launch.kernel == "combine":
         return value["Parts"].shape[0]
+    if launch.kernel in ("merge_parts", "merge_parts_backward"):
+        return -(-value["parts"] // value["AHEAD"])
     return 1
 
 

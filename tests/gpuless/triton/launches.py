@@ -178,7 +178,23 @@ def attention_backward() -> None:
     kernels.varlen_backward(q, None, q, k, k, q, empty(32, 4096), i32(9), i32(9), 512, 1024, True, -1, -1, 0.0, 0.1)
 
 
+def attention_merge() -> None:
+    from onepass.kernels import attention_merge as kernels
+
+    def both(parts: int, dim: int, dtype: torch.dtype, sinks: Tensor | None, grad_lse: bool) -> None:
+        outs, lses = empty(parts, 32, 4, 16, dim, dtype=dtype), empty(parts, 32, 16, 4)
+        kernels.forward(outs, lses, sinks)
+        kernels.backward(outs[0], lses[0] if grad_lse else None, outs, lses, outs[0], lses[0], sinks)
+
+    for dtype in DTYPES:
+        both(8, 128, dtype, None, False)
+    both(2, 64, torch.float16, empty(16), True)             # a prefix and a suffix
+    both(300, 128, torch.bfloat16, None, True)              # more than are held
+    both(33, 40, torch.float32, empty(16), False)
+    both(4, 2048, torch.bfloat16, None, False)
+
+
 STEMS: dict[str, Callable[[], None]] = {
     "rng": rng, "reparam": reparam, "latent": latent, "gumbel": gumbel, "denoise": denoise, "volrend": volrend,
-    "attention": attention, "attention_backward": attention_backward,
+    "attention": attention, "attention_backward": attention_backward, "attention_merge": attention_merge,
 }
