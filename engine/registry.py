@@ -181,7 +181,7 @@ _TABLE = [
         "interpolate_backward",
         "(Tensor grad, Tensor start, Tensor end, float weight, Tensor? weights, bool arc, bool weight_grad, "
         "*, str? backend=None) -> (Tensor grad_start, Tensor grad_end, Tensor grad_weights)",
-        "their gradients",
+        "the gradients of lerp and slerp",
         {
             "cuda": Impl("onepass._native.interpolate:backward", supports.floats_cuda, f"{_ANY_STRIDES}; {_BUILT}"),
             "triton": Impl("onepass.kernels.interpolate:backward", triton.floats, _ANY_STRIDES),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._host import OPTIONS, VECTOR, aligned, on, power_of_two, rows_of
 
-_TOGETHER = 512     # elements of short vectors that one program takes: a thread has one vector's numbers
+_THREADS = 128      # of a program of short vectors: each reads once, so that it has the numbers of one vector
 _WHOLE = 2048       # elements that a program holds at a time: the longest vector that is read once
 _PARTS = 256        # most parts of a longer one
 _PLANES: tl.constexpr = tl.constexpr(6)     # of a part: a a, b b, a b, g a, g b, and the smallest |a|
@@ -301,7 +301,7 @@ def _run(
     operands = [part for x in (start, end, grad) for part in operand(x)]
     t = None if weights is None else weights.float()
     c = min(power_of_two(n), _WHOLE)
-    r = min(max(_TOGETHER // c, 1), 32)
+    r = max(_THREADS * unit // c, 1)
     vectors, tiles = rows * groups, -(-n // c)
     summed = arc or on_weight is not None
     span = -(-tiles // _PARTS)

@@ -37,6 +37,9 @@ LIMITS: list[tuple[str, str, str, str, int, int | None]] = [
     ("soften_tiles|soften_rows", ".*UNIT=[48].*", "sm_.*", "wide_load", 1, None),
     ("soften_rows", ".*UNIT=[48].*", "sm_.*", "wide_store", 1, None),
     ("soften_rows", ".* HARD=True.* T=[1-9].*", "sm_.*", "wide_load", 0, None),     # the tiles have said which it is
+    ("sum_parts", ".*UNIT=[48].*", "sm_.*", "wide_load", 2, None),
+    ("path_tiles", ".*UNIT=[48].*", "sm_.*", "wide_load", 1, None),
+    ("path_tiles", ".*UNIT=[48].*", "sm_.*", "wide_store", 1, None),
     ("denoise_tiles", ".*", "sm_.*", "wide_load", 2, None),
     ("denoise_tiles", ".*", "sm_.*", "wide_store", 1, None),
     # CUDA C++
@@ -56,6 +59,9 @@ LIMITS: list[tuple[str, str, str, str, int, int | None]] = [
     ("gumbel_kept", "fp32.*", "sm_.*", "wide_load", 2, None),
     ("gumbel_again", "fp32.*", "sm_.*", "wide_load", 4, None),
     ("gumbel_.*", "fp32.*", "sm_.*", "wide_store", 1, None),
+    ("path_whole|path_tiles", "fp32, .*", "sm_.*", "wide_load", 2, None),
+    ("path_whole|path_tiles", "fp32, .*", "sm_.*", "wide_store", 1, None),
+    ("path_parts", "fp32", "sm_.*", "wide_load", 3, None),
     ("step", ".*", "sm_.*", "wide_load", 4, None),
     ("step", ".*", "sm_.*", "wide_store", 2, None),
     ("attend", ".*", "sm_.*", "async_load", 2, None),
