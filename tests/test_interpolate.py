@@ -287,7 +287,7 @@ def test_vectors_of_several_parts_give_what_one_gives(n, backend, monkeypatch):
 
     a, b, on = *pair((5, n)), randn((5, n), 2)
     b[1], b[2, :128] = -2 * a[1], 0
-    a[1, 70], a[1, 200 % n] = 0, 0                              # of equals the first, in another part
+    a[1, [70, 90, 200 % n]] = 0                                 # of equals the first, in another tile or part
     b[1], a[3] = -2 * a[1], math.nan
     for function in FUNCTIONS:
         run = lambda t, f=function: with_gradients(f, a, b, t, on, backend=backend)
@@ -331,6 +331,22 @@ def test_threads_and_shapes(shape, threads, long):
         torch.set_num_threads(before)
     assert all(map(torch.equal, *results))
     torch.testing.assert_close(results[0][4], onepass.slerp(a, b, 0.3, backend="reference"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not ISAS, reason="no native extension")
+def test_threads_that_share_a_vector_add_its_tiles_in_the_order_of_one():
+    """Six vectors are whole tasks of one thread and shared by three; near half a turn a sum's last digit shows."""
+    a = randn((6, 30001))
+    b = 1.5e-4 * randn((6, 30001), 1) - a
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(with_gradients(onepass.slerp, a, b, torch.linspace(0.1, 0.9, 6), a))
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, results[0], results[1])) and all(map(torch.equal, results[0], results[2]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
