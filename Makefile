@@ -15,8 +15,8 @@ TRITON_OLD := 3.6.0
 TRITON_NEW := 3.9.0
 GPULESS := build/gpuless
 with_triton = TRITON_CACHE_DIR=$(abspath $(GPULESS))/cache-$(1) PYTHONPATH=$(abspath $(GPULESS))/triton-$(1) $(2) $(BIN)/python
-INTERPRETED := rng reparam latent gumbel denoise denoise_api volrend volrend_api volrend_reference attention_triton \
-	attention_backward_triton attention_merge
+INTERPRETED := rng reparam latent gumbel interpolate denoise denoise_api volrend volrend_api volrend_reference \
+	attention_triton attention_backward_triton attention_merge
 
 .PHONY: help build demo test test-all bench lint format docs gpu-check sanitize clean
 help:

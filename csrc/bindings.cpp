@@ -90,6 +90,7 @@ struct Kernels {
   CompositeKernels composite;
   LatentKernels latent;
   GumbelKernels gumbel;
+  InterpolateKernels interpolate;
 };
 
 Kernels load(Isa isa) {
@@ -106,7 +107,8 @@ Kernels load(Isa isa) {
             name::bandwidth,          \
             name::composite,          \
             name::latent,             \
-            name::gumbel};
+            name::gumbel,             \
+            name::interpolate};
   ONEPASS_FOR_EACH_ISA(ONEPASS_LOAD)
 #undef ONEPASS_LOAD
   throw std::logic_error("no such instruction set");
@@ -179,6 +181,19 @@ void bind_gumbel(py::module_& m) {
                                 num_threads};
           py::gil_scoped_release nogil;
           kernels.gumbel.softmax(p);
+        });
+}
+
+void bind_interpolate(py::module_& m) {
+  m.def("interpolate_forward", [](const Interpolate& p, Pointer out, Pointer partial) {
+    py::gil_scoped_release nogil;
+    kernels.interpolate.forward(p, at<void>(out), at<PairSums>(partial));
+  });
+  m.def("interpolate_backward",
+        [](const Interpolate& p, Pointer start, Pointer end, Pointer weights, Pointer vectors, Pointer partial) {
+          const InterpolateGradOut out{at<void>(start), at<void>(end), at<float>(weights), at<double>(vectors)};
+          py::gil_scoped_release nogil;
+          kernels.interpolate.backward(p, out, at<PairSums>(partial));
         });
 }
 
@@ -308,6 +323,7 @@ PYBIND11_MODULE(_C, m) {
   bind_reparam(m);
   bind_latent(m);
   bind_gumbel(m);
+  bind_interpolate(m);
   bind_attention(m);
   bind_attention_merge(m);
   bind_denoise(m);

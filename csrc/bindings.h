@@ -13,6 +13,7 @@
 #include "onepass/attention_merge.h"
 #include "onepass/denoise.h"
 #include "onepass/gumbel.h"
+#include "onepass/interpolate.h"
 #include "onepass/latent.h"
 #include "onepass/reparam.h"
 #include "onepass/rng.h"
@@ -103,6 +104,26 @@ inline void bind_latent_call(py::module_& m) {
                       beta,
                       free_bits,
                       num_threads};
+      }));
+}
+
+inline void bind_interpolate_call(py::module_& m) {
+  py::class_<Interpolate>(m, "Interpolate", py::module_local())
+      .def(py::init([](int64_t rows, int64_t groups, int64_t length, int dtype, Pointer start, int64_t start_step,
+                       Pointer end, int64_t end_step, Pointer grad, int64_t grad_step, float weight, Pointer weights,
+                       int64_t weight_step, bool arc, int num_threads) {
+        return Interpolate{rows,
+                           groups,
+                           length,
+                           static_cast<DType>(dtype),
+                           {at<const void>(start), start_step},
+                           {at<const void>(end), end_step},
+                           {at<const void>(grad), grad_step},
+                           weight,
+                           at<const float>(weights),
+                           weight_step,
+                           arc,
+                           num_threads};
       }));
 }
 
@@ -339,9 +360,12 @@ inline void bind_calls(py::module_& m) {
   m.attr("KL_TILE") = KL_TILE;
   m.attr("LATENT_TILE") = LATENT_TILE;
   m.attr("GUMBEL_MARGIN") = GUMBEL_MARGIN;
+  m.attr("INTERPOLATE_TILE") = INTERPOLATE_TILE;
+  m.attr("PAIR_SUMS") = sizeof(PairSums) / sizeof(double);
   m.attr("DENOISE_COLUMNS") = static_cast<int>(COL_HISTORY);
   m.attr("MAX_HISTORY") = MAX_HISTORY;
   bind_attention_call(m);
+  bind_interpolate_call(m);
   bind_latent_call(m);
   bind_composite_call(m);
 }

@@ -61,6 +61,18 @@ void bind_gumbel(py::module_& m) {
   });
 }
 
+void bind_interpolate(py::module_& m) {
+  m.def("interpolate_workspace", cuda::interpolate_workspace);
+  m.def("interpolate_forward", [](const Interpolate& p, Pointer out, Pointer partial, const Place& place) {
+    cuda::interpolate_forward(p, at<void>(out), at<void>(partial), on(place));
+  });
+  m.def("interpolate_backward", [](const Interpolate& p, Pointer start, Pointer end, Pointer weights, Pointer vectors,
+                                   Pointer partial, const Place& place) {
+    cuda::interpolate_backward(p, {at<void>(start), at<void>(end), at<float>(weights), at<double>(vectors)},
+                               at<void>(partial), on(place));
+  });
+}
+
 void bind_denoise(py::module_& m) {
   def_denoise_step<Place>(m, [](const Denoise& p, const Place& place) { return cuda::denoise_step(p, on(place)); });
 }
@@ -105,6 +117,7 @@ void bind_cuda(py::module_ m) {
   bind_reparam(m);
   bind_latent(m);
   bind_gumbel(m);
+  bind_interpolate(m);
   bind_denoise(m);
   bind_volrend(m);
   bind_attention(m);

@@ -15,6 +15,8 @@ has_cuda: bool
 KL_TILE: int
 LATENT_TILE: int
 GUMBEL_MARGIN: int
+INTERPOLATE_TILE: int
+PAIR_SUMS: int
 DENOISE_COLUMNS: int
 MAX_HISTORY: int
 
@@ -39,6 +41,17 @@ def reparam_backward(
 def gumbel_softmax(
     groups: int, n: int, keyed: int, dtype: int, logits: int, grad: int, keys: _Keys, tau: float, hard: bool, out: int,
     scratch: int, num_threads: int, /,
+) -> None: ...
+
+class Interpolate:
+    def __init__(
+        self, rows: int, groups: int, length: int, dtype: int, start: int, start_step: int, end: int, end_step: int,
+        grad: int, grad_step: int, weight: float, weights: int, weight_step: int, arc: bool, num_threads: int, /,
+    ) -> None: ...
+
+def interpolate_forward(call: Interpolate, out: int, partial: int, /) -> None: ...
+def interpolate_backward(
+    call: Interpolate, start: int, end: int, weights: int, vectors: int, partial: int, /
 ) -> None: ...
 
 _Segments = tuple[int, int, int]        # pointer, elements from a row and from a segment to the next

@@ -3,20 +3,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+from torch import Tensor, float32, float64
 
 from . import _checks as check
+from ._ops import call
 
-_PARALLEL = 1e-4        # radians from 0 or from pi inside which the direction of a great circle is lost in rounding
 
-
-def _operands(
-    start: Tensor, end: Tensor, weight: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor]:     # in float32 at least; weight [] or [B, 1, ...]
+def _weight(start: Tensor, end: Tensor, weight: float | Tensor) -> tuple[float, Tensor | None]:
+    """The weight as (number, tensor or None), the tensor in the type of the sums; checks all three."""
     check.is_float_tensor("start", start)
     check.is_like("end", end, "start", start)
-    kind = torch.float64 if start.dtype == torch.float64 else torch.float32
     if isinstance(weight, Tensor):
         rows = start.shape[0] if start.dim() else 1
         if not weight.is_floating_point():
@@ -25,88 +21,81 @@ def _operands(
             raise ValueError(f"weight is on {weight.device}, expected the device of start, {start.device}")
         if tuple(weight.shape) not in ((), (rows,)):
             raise ValueError(f"weight has shape {tuple(weight.shape)}, expected () or ({rows},)")
-        t = weight.to(kind)
-        t = t.reshape(-1, *(1,) * (start.dim() - 1)) if weight.dim() and start.dim() else t.reshape(())
-    elif isinstance(weight, (int, float)) and not isinstance(weight, bool):
-        t = torch.tensor(float(weight), dtype=kind, device=start.device)
-    else:
-        raise TypeError(f"weight is {type(weight).__name__}, expected a number or a float tensor")
-    return start.to(kind), end.to(kind), t
+        return 0.0, weight.to(float64 if start.dtype == float64 else float32)
+    if isinstance(weight, (int, float)) and not isinstance(weight, bool):
+        return float(weight), None
+    raise TypeError(f"weight is {type(weight).__name__}, expected a number or a float tensor")
 
 
-def _exact_ends(path: Tensor, a: Tensor, b: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.where(t == 0, a, torch.where(t == 1, b, path)).to(dtype)
+def _by_row(weights: Tensor | None) -> bool:
+    return weights is not None and weights.dim() > 0
 
 
 def lerp(
-    start: Tensor,              # [B, ...]
+    start: Tensor,              # [B, ...] float32, bfloat16, float16 (float64: reference)
     end: Tensor,                # as start
     weight: float | Tensor,     # a number, or a float tensor [] or [B]: 0 is start, 1 is end
+    *,
+    out: Tensor | None = None,  # as start; not together with a gradient
+    backend: str | None = None,
 ) -> Tensor:                    # as start
-    """(1 - weight) start + weight end, computed in float32, exactly `start` at 0 and exactly `end` at 1."""
-    a, b, t = _operands(start, end, weight)
-    return _exact_ends(torch.lerp(a, b, t.expand_as(a)), a, b, t, start.dtype)
+    """(1 - weight) start + weight end, computed in float32, exactly `start` at 0 and exactly `end` at 1.
+
+    Differentiable in all three; at an exact end the result is that operand, and the weight's gradient is 0 there. What
+    does not lie in rows of dim 0 is copied first. Raises ValueError or TypeError that names the argument.
+    """
+    number, weights = _weight(start, end, weight)
+    check.is_out(out, start.shape, start.dtype, start.device)
+    if not start.numel():
+        return start.clone() if out is None else out
+    whole = not _by_row(weights) and start.is_contiguous() and end.is_contiguous()
+    rows = 1 if whole or not start.dim() else start.shape[0]
+    a, b = start.reshape(rows, 1, -1), end.reshape(rows, 1, -1)
+    result = call("interpolate", a, b, number, weights, False, backend=backend).reshape(start.shape)
+    return result if out is None else out.copy_(result)
 
 
 def slerp(
-    start: Tensor,                          # [B, ...]
+    start: Tensor,                          # [B, ...] float32, bfloat16, float16 (float64: reference)
     end: Tensor,                            # as start
     weight: float | Tensor,                 # a number, or a float tensor [] or [B]: 0 is start, 1 is end
     dim: int | Sequence[int] | None = None, # the dims of a vector; None is all but the first
+    *,
+    out: Tensor | None = None,              # as start; not together with a gradient
+    backend: str | None = None,
 ) -> Tensor:                                # as start
     """Along the great circle between the directions (Shoemake, "Animating rotation with quaternion curves", 1985):
     (sin((1 - t) w) start + sin(t w) end) / sin w, w the angle between them.
 
     Each vector has its own angle; lengths pass from one to the other as the formula gives them. Ends are exact. Vectors
-    that are parallel or of length 0 are joined by a straight line. Opposite ones have many great circles between them:
-    the one through the coordinate axis in which `start` is smallest is taken. Computed in float32; differentiable.
+    that are parallel, of length 0 or not finite are joined by a straight line. Opposite ones have many great circles
+    between them: the one through the coordinate axis in which `start` is smallest is taken. Angles and sums are
+    float64, elements float32. Differentiable in start, end and weight, as `lerp` at the ends; forward keeps nothing but
+    its inputs. A `dim` that is not last, and what does not lie in rows of dim 0, is copied first. Raises ValueError or
+    TypeError that names the argument.
     """
-    a, b, t = _operands(start, end, weight)
-    if a.dim() == 0:
+    number, weights = _weight(start, end, weight)
+    if start.dim() == 0:
         raise ValueError("start has no dims, expected vectors")
-    dims = list(range(1, a.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
-    if dim is None and a.dim() == 1:
+    dims = list(range(1, start.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    if dim is None and start.dim() == 1:
         dims = [0]
-    if not all(-a.dim() <= d < a.dim() for d in dims):
-        raise ValueError(f"dim={dim}: expected dims of start, which has {a.dim()}")
-    dims = sorted({d % a.dim() for d in dims})
-    if t.dim() and 0 in dims:
+    if not all(-start.dim() <= d < start.dim() for d in dims):
+        raise ValueError(f"dim={dim}: expected dims of start, which has {start.dim()}")
+    dims = sorted({d % start.dim() for d in dims})
+    if _by_row(weights) and 0 in dims:
         raise ValueError(f"dim={dim} with a weight for each row: expected dims after the first")
-    if not a.numel():
-        return start.clone()
-    return _exact_ends(_great_circle(a, b, t, dims), a, b, t, start.dtype)
-
-
-def _great_circle(a: Tensor, b: Tensor, t: Tensor, dims: list[int]) -> Tensor:
-    length = lambda x: torch.linalg.vector_norm(x, dim=dims, keepdim=True)
-    size_a, size_b = length(a), length(b)
-    usable = (size_a > 0) & (size_b > 0) & size_a.isfinite() & size_b.isfinite()
-    u, v = (x / torch.where(usable, size, 1.0) for x, size in ((a, size_a), (b, size_b)))
-    # Twice the angle of half a rhombus: exact for small angles and for those near pi, where acos loses half its digits.
-    apart, along = length(u - v), length(u + v)
-    angle = 2 * torch.atan2(torch.where(usable, apart, 1.0), torch.where(usable, along, 1.0))
-    straight = ~usable | (angle < _PARALLEL)
-    opposite = usable & (angle > torch.pi - _PARALLEL)
-    w = torch.where(straight | opposite, 1.0, angle)
-    circle = (torch.sin((1 - t) * w) * a + torch.sin(t * w) * b) / torch.sin(w)
-    path = torch.where(straight, torch.lerp(a, b, t.expand_as(a)), circle)
-    if not torch.compiler.is_compiling() and opposite.device.type == "cpu" and not opposite.any():
-        return path
-    turn = torch.pi * t
-    over = torch.cos(turn) * u + torch.sin(turn) * _perpendicular(u, dims)
-    return torch.where(opposite, over * torch.lerp(size_a, size_b, t.expand_as(size_a) if t.dim() == 0 else t), path)
-
-
-def _perpendicular(u: Tensor, dims: list[int]) -> Tensor:
-    """A unit vector at right angles to u: the axis in which u is smallest, less its part along u."""
-    kept = [d for d in range(u.dim()) if d not in dims]
-    moved = u.permute(*kept, *dims)
-    flat = moved.reshape(*moved.shape[: len(kept)], -1)
-    axis = torch.zeros_like(flat).scatter_(-1, flat.detach().abs().argmin(-1, keepdim=True), 1.0)
-    side = axis - (axis * flat).sum(-1, keepdim=True) * flat
-    side = side / torch.linalg.vector_norm(side, dim=-1, keepdim=True).clamp_min(1e-12)
+    check.is_out(out, start.shape, start.dtype, start.device)
+    if not start.numel():
+        return start.clone() if out is None else out
+    kept = [d for d in range(start.dim()) if d not in dims]
     order = [*kept, *dims]
-    return side.reshape(moved.shape).permute([order.index(d) for d in range(u.dim())])
+    a, b = start.permute(order), end.permute(order)
+    moved, n = a.shape, a.shape[len(kept):].numel()
+    rows = start.shape[0] if 0 in kept else 1
+    result = call("interpolate", a.reshape(rows, -1, n), b.reshape(rows, -1, n), number, weights, True, backend=backend)
+    result = result.reshape(moved).permute([order.index(d) for d in range(start.dim())])
+    return result if out is None else out.copy_(result)
 
 
 __all__ = ["lerp", "slerp"]

@@ -167,6 +167,29 @@ _TABLE = [
         },
     ),
     Op(
+        "interpolate",
+        "(Tensor start, Tensor end, float weight, Tensor? weights, bool arc, *, str? backend=None) -> Tensor",
+        "lerp, slerp",
+        {
+            "cuda": Impl("onepass._native.interpolate:forward", supports.floats_cuda, f"{_ANY_STRIDES}; {_BUILT}"),
+            "triton": Impl("onepass.kernels.interpolate:forward", triton.floats, _ANY_STRIDES),
+            "cpu": Impl("onepass._native.interpolate:forward", supports.floats_cpu, _ANY_STRIDES),
+            "reference": _reference("interpolate:interpolate"),
+        },
+    ),
+    Op(
+        "interpolate_backward",
+        "(Tensor grad, Tensor start, Tensor end, float weight, Tensor? weights, bool arc, bool weight_grad, "
+        "*, str? backend=None) -> (Tensor grad_start, Tensor grad_end, Tensor grad_weights)",
+        "the gradients of lerp and slerp",
+        {
+            "cuda": Impl("onepass._native.interpolate:backward", supports.floats_cuda, f"{_ANY_STRIDES}; {_BUILT}"),
+            "triton": Impl("onepass.kernels.interpolate:backward", triton.floats, _ANY_STRIDES),
+            "cpu": Impl("onepass._native.interpolate:backward", supports.floats_cpu, _ANY_STRIDES),
+            "reference": _reference("interpolate:interpolate_backward"),
+        },
+    ),
+    Op(
         "attention_forward",
         f"(Tensor q, Tensor k, Tensor v, {_SCORES}, Tensor? alibi_slopes, Tensor? sinks, Tensor? mask, "
         "*, str? backend=None) -> (Tensor out, Tensor lse)",

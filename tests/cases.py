@@ -6,6 +6,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # ---- reparam, rng: one vector, odd tails, several tiles of a row, zero sizes ----
 SHAPES = ((1,), (3, 5), (2, 4, 8, 8), (5, 1031), (2, 9001), (0, 7), (4, 0))
 
+# ---- interpolate: one element, odd tails, a vector in a tile and in several ----
+PATHS = ((3, 2), (5, 37), (2, 3, 8, 8), (4, 513), (2, 4100))
+
 # ---- denoise: latents, images, odd tails, several tiles of a row, zero sizes ----
 LATENTS = ((1,), (7,), (2, 4, 8, 8), (3, 3, 5, 7), (9, 2, 41, 53), (2, 5003), (0, 4, 8, 8), (3, 0))
 

@@ -122,6 +122,7 @@ DIFFERENTIABLE = {
     "reparameterize": (lambda m, lv: onepass.reparameterize_kl(m, lv, seed=1), (3, 5), (3, 5)),
     "latent_sample": (lambda x: onepass.reparameterize_kl(x, samples=2, beta=0.5, seed=1), (3, 6)),
     "gumbel_softmax": (lambda x: [onepass.gumbel_softmax(x, seed=1)], (3, 7)),
+    "interpolate": (lambda a, b, t: [onepass.slerp(a, b, t), onepass.lerp(a, b, t)], (3, 5), (3, 5), (3,)),
     "attention_forward": (lambda q, k, v, s: onepass.attention(q, k, v, sinks=s, return_lse=True),
                           (2, 3, 4, 8), (2, 5, 2, 8), (2, 5, 2, 8), (4,)),
     "attention_varlen_forward": (lambda q, k, v: [onepass.attention_varlen(

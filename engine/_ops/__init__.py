@@ -167,4 +167,4 @@ def _deliver(result: Any, out: Any) -> Any:
     return tuple(r if o is None else o.copy_(r) for r, o in zip(result, out, strict=True))
 
 
-from . import attention, attention_varlen, denoise, gumbel, latent, reparam, rng, volrend  # noqa: E402, F401  # each registers the fakes and gradients of its ops
+from . import attention, attention_varlen, denoise, gumbel, interpolate, latent, reparam, rng, volrend  # noqa: E402, F401  # each registers the fakes and gradients of its ops

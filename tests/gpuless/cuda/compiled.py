@@ -19,10 +19,10 @@ if __name__ == "__main__":
 from gpuless import cubin  # noqa: E402
 
 TARGETS = ("sm_80", "sm_90a", "sm_100a", "sm_120")
-STEMS = ("attention", "attention_merge", "denoise", "gumbel", "latent", "reparam", "rng", "volrend")
+STEMS = ("attention", "attention_merge", "denoise", "gumbel", "interpolate", "latent", "reparam", "rng", "volrend")
 TYPES = {"float": "fp32", "__nv_bfloat16": "bf16", "__half": "fp16"}
 BLOCK, SHORT_BLOCK = 256, 128           # csrc/cuda/device.cuh
-WHOLE_BLOCKS = ("add_partials", "add_background", "sum_tiles")
+WHOLE_BLOCKS = ("add_partials", "add_background", "sum_tiles", "path_parts", "path_tiles", "sum_vectors")
 WIDE_BLOCK = 512                       # csrc/cuda/gumbel.cuh
 MOST_SHARED = 99 * 1024                 # csrc/cuda/attention.cu
 

@@ -130,7 +130,8 @@ def device(order: str = "ascending", seed: int = 1) -> Iterator[None]:
 
     module = load("emulated_kernels")
     module.set_order(ORDERS.index(order), seed)
-    stems = ("", ".attention", ".attention_varlen", ".denoise", ".gumbel", ".latent", ".reparam", ".rng", ".volrend")
+    stems = ("", ".attention", ".attention_varlen", ".denoise", ".gumbel", ".interpolate", ".latent", ".reparam",
+             ".rng", ".volrend")
     parts = [importlib.import_module(f"onepass._native{stem}") for stem in stems]
     before = [(part, part._C) for part in parts if hasattr(part, "_C")], _native.cuda_error
     try:

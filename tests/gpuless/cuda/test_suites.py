@@ -14,10 +14,10 @@ pytestmark = [
     pytest.mark.skipif(emulated.VARIANT != "plain" or "ONEPASS_EMULATED" in os.environ, reason="runs in itself"),
 ]
 PYTEST = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--capture=sys"]       # sanitizers write to file 2
-SUITES = ("test_attention_merge.py", "test_denoise.py", "test_denoise_api.py", "test_gumbel.py", "test_latent.py",
-          "test_reparam.py", "test_volrend.py")
-CASES = ("test_cuda_denoise.py", "test_cuda_gumbel.py", "test_cuda_latent.py", "test_cuda_reparam.py",
-         "test_cuda_volrend.py", "test_cuda_attention.py", "test_cuda_attention_merge.py")
+SUITES = ("test_attention_merge.py", "test_denoise.py", "test_denoise_api.py", "test_gumbel.py", "test_interpolate.py",
+          "test_latent.py", "test_reparam.py", "test_volrend.py")
+CASES = ("test_cuda_denoise.py", "test_cuda_gumbel.py", "test_cuda_interpolate.py", "test_cuda_latent.py",
+         "test_cuda_reparam.py", "test_cuda_volrend.py", "test_cuda_attention.py", "test_cuda_attention_merge.py")
 
 
 @pytest.mark.parametrize("order", [

@@ -25,7 +25,7 @@ from gpuless.triton import driver
 
 RECORD = pathlib.Path(__file__).resolve().parents[1] / "benchmarks.json"
 TARGET = "sm_90"
-STEMS = ("attention", "denoise", "gumbel", "reparam", "rng", "volrend")
+STEMS = ("attention", "denoise", "gumbel", "interpolate", "reparam", "rng", "volrend")
 
 
 def passes(launch: driver.Launch) -> float:

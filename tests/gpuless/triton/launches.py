@@ -86,6 +86,23 @@ def gumbel() -> None:
     kernels.forward(empty(64, long), *seeds(64), 0.5, True)
 
 
+def interpolate() -> None:
+    from onepass.kernels import interpolate as kernels
+
+    for dtype in DTYPES:
+        for shape in ((64, 1, 16), (64, 1, 2048), (64, 1, 16384), (8, 1, 262144)):      # short, of 1, 8 and 128 tiles
+            x, weights = empty(*shape, dtype=dtype), empty(shape[0])
+            kernels.forward(x, x, 0.0, weights, True)
+            kernels.backward(x, x, x, 0.0, weights, True, True)
+        x = empty(1, 1, 1 << 20, dtype=dtype)
+        kernels.forward(x, x, 0.5, None, False)
+        kernels.backward(x, x, x, 0.5, None, False, False)
+        kernels.backward(x, x, x, 0.0, empty(), False, True)
+    x = empty(64, 8, 5)
+    kernels.forward(x, x, 0.0, empty(64), True)
+    kernels.backward(x, x, x, 0.0, empty(64), True, True)
+
+
 def denoise() -> None:
     from onepass.kernels import denoise as kernels
 
@@ -195,6 +212,7 @@ def attention_merge() -> None:
 
 
 STEMS: dict[str, Callable[[], None]] = {
-    "rng": rng, "reparam": reparam, "latent": latent, "gumbel": gumbel, "denoise": denoise, "volrend": volrend,
-    "attention": attention, "attention_backward": attention_backward, "attention_merge": attention_merge,
+    "rng": rng, "reparam": reparam, "latent": latent, "gumbel": gumbel, "interpolate": interpolate,
+    "denoise": denoise, "volrend": volrend, "attention": attention, "attention_backward": attention_backward,
+    "attention_merge": attention_merge,
 }
