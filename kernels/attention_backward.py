@@ -266,8 +266,8 @@ def _tiles(single: bool, dim: int) -> dict[str, Any]:
             "num_stages": 1,
         }
     return {
-        "BM": 32, "BN": 64 if dim <= 64 else 32 if dim <= 128 else 16, "PRECISION": "tf32",
-        "num_warps": 4 if dim <= 128 else 8, "num_stages": 2 if dim <= 64 else 1,
+        "BM": 32 if dim <= 128 else 16, "BN": 64 if dim <= 64 else 32, "PRECISION": "tf32", "num_warps": 4,
+        "num_stages": 2 if dim <= 64 else 1,
     }
 
 

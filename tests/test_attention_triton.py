@@ -76,7 +76,7 @@ def test_cache_matches_the_reference(layout, option, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layout_and_batch_do_not_change_a_bit(new, heads, kv_heads, dtype, backend):
     """Several splits of the longest row; the capacity is the same for each row, alone and in the batch."""
-    rows = Rows((0, 130, 700), new, heads, kv_heads, 32, 32, dtype)
+    rows = Rows((0, 130, 300 if INTERPRETED else 700), new, heads, kv_heads, 32, 32, dtype)
     truth = rows.call(causal=True, backend=backend)
     for layout in LAYOUTS if not INTERPRETED else LAYOUTS[2:6:2] + LAYOUTS[-1:]:
         assert all(map(torch.equal, rows.call(layout=layout, causal=True, backend=backend), truth)), layout
@@ -99,7 +99,7 @@ def test_other_rows_of_a_ragged_batch_do_not_change_a_bit(backend):
             at = slice(int(case.cu_q[b]), int(case.cu_q[b + 1]))
             alone = case.alone(b, return_lse=True, backend=backend, **chosen)
             assert torch.equal(alone[0][0], out[at]) and torch.equal(alone[1][0], lse[:, at]), b
-        for size in (1, 7):
+        for size in (7,) if INTERPRETED else (1, 7):
             k, v, table = case.pages(size)
             paged = onepass.attention_varlen(case.q, k, v, *case.lengths(), block_table=table.to(k.device),
                                              return_lse=True, backend=backend, **chosen)
