@@ -68,6 +68,17 @@ def test_as_good_as_torch(case, option):
         assert_gradients_as_good_as_torch(case, option, dtype)
 
 
+def test_keys_that_many_queries_see_sum_as_exactly_as_torch():
+    """The first keys of a causal row add up every query: here 4096, the largest first."""
+    case = (1, 1024, 1024, 8, 2, 64, 64)
+    leaves, of_out = inputs(case), randn(1, 1024, 8, 64, seed=8)
+    got = gradients(onepass_on("cpu"), leaves, {"causal": True}, of_out)
+    same = gradients(lambda q, k, v, **o: core(q, k, v, **o)[0], leaves, {"causal": True}, of_out)
+    truth = gradients(onepass_on("reference"), [x.double() for x in leaves], {"causal": True}, of_out.double())
+    for name, ours, torchs, exact in zip(("dq", "dk", "dv"), got, same, truth, strict=True):
+        assert (ours - exact).abs().max() <= (torchs - exact).abs().max(), name
+
+
 @pytest.mark.parametrize("sizes", [(2, 3, 0, 4, 2, 16, 16), (2, 0, 5, 2, 2, 8, 8), (0, 3, 5, 2, 2, 8, 8)])
 def test_empty_sizes_give_zeros(sizes):
     leaves = [x.requires_grad_() for x in (*inputs(sizes), randn(sizes[3], seed=5))]

@@ -20,7 +20,8 @@ namespace {
 struct Tiles {
   int64_t q_step, v_step;
   float *q, *q_turned, *grad, *grad_turned;        // queries: [row][channel] and [channel][row]
-  float *k, *v, *dk, *dv;                          // [key][channel]
+  float *k, *v, *dk, *dv, *dk_lost, *dv_lost;      // [key][channel]; lost: by the rounding of dk and dv
+  float* tile;                                     // [ROWS keys][channel]: what one tile of queries adds to them
   float *probabilities, *grad_probabilities, *dq;  // [key][row] twice, [row][channel]
   float *delta, *shift, *share;                    // [row]; share: 1 / excess
 
@@ -34,6 +35,9 @@ struct Tiles {
     v = arena.take<float>(KEYS * v_step);
     dk = arena.take<float>(KEYS * q_step);
     dv = arena.take<float>(KEYS * v_step);
+    dk_lost = arena.take<float>(KEYS * q_step);
+    dv_lost = arena.take<float>(KEYS * v_step);
+    tile = arena.take<float>(ROWS * most(q_step, v_step));
     probabilities = arena.take<float>(KEYS * TALL);
     grad_probabilities = arena.take<float>(KEYS * TALL);
     dq = arena.take<float>(TALL * q_step);
@@ -182,15 +186,11 @@ class Pair {
     products();
     for (int64_t g = 0; g < groups; ++g) with_terms(g, [&](const Terms* terms) { probabilities(g, terms); });
 
-    static constexpr float ones[ROWS] = {1, 1, 1, 1, 1, 1};
-    Fetch nothing;
     for (int64_t j = 0; j < count; j += ROWS) {
-      const int n = static_cast<int>(least(ROWS, count - j));
-      values_product<false, true>(n, t.probabilities + j * TALL, TALL, t.grad, t.v_step, rows, ones,
-                                  t.dv + j * t.v_step, t.v_step, t.v_step / W, nothing);
-      values_product<false, true>(n, t.grad_probabilities + j * TALL, TALL, t.q, t.q_step, rows, ones,
-                                  t.dk + j * t.q_step, t.q_step, t.q_step / W, nothing);
+      add_to_keys(j, t.probabilities, t.grad, t.v_step, t.dv, t.dv_lost);
+      add_to_keys(j, t.grad_probabilities, t.q, t.q_step, t.dk, t.dk_lost);
     }
+    Fetch nothing;
     for (int64_t r = 0; r < rows; r += ROWS) {
       const int n = static_cast<int>(least(ROWS, rows - r));
       values_product<false, false>(n, t.grad_probabilities + r, TALL, t.k, t.q_step, count, nullptr,
@@ -233,6 +233,20 @@ class Pair {
     Fetch nothing;
     scores_product<false>(key, count, turned, groups, dim, result, nothing,
                           [&](int64_t g, int j) { return seen[g].to <= j || seen[g].from >= j + KEY_ROWS; });
+  }
+
+  // sum [key][channel] += weights [key][query] x [query][channel] of keys j ... j + ROWS - 1, with the error of the sum
+  // so far (Kahan 1965): a key that all queries see has more tiles to add than rounding allows.
+  void add_to_keys(int64_t j, const float* weights, const float* x, int64_t step, float* sum, float* lost) const {
+    const int64_t n = least(ROWS, count - j);
+    Fetch nothing;
+    values_product<false, true>(static_cast<int>(n), weights + j * TALL, TALL, x, step, rows, nullptr, t.tile, step,
+                                step / W, nothing);
+    for (int64_t d = 0; d < n * step; d += W) {
+      const F32 old = load(sum + j * step + d), more = load(t.tile + d) - load(lost + j * step + d), now = old + more;
+      store(lost + j * step + d, (now - old) - more);
+      store(sum + j * step + d, now);
+    }
   }
 
   void products() const {
@@ -292,8 +306,8 @@ void backward_unit(const AttentionBackward& b, const Row& row, int64_t head, con
   }
   for (int64_t at = 0; at < row.keys; at += KEYS) {
     const int count = static_cast<int>(least(KEYS, row.keys - at));
-    std::memset(t.dk, 0, KEYS * t.q_step * sizeof(float));
-    std::memset(t.dv, 0, KEYS * t.v_step * sizeof(float));
+    for (float* sums : {t.dk, t.dk_lost}) std::memset(sums, 0, KEYS * t.q_step * sizeof(float));
+    for (float* sums : {t.dv, t.dv_lost}) std::memset(sums, 0, KEYS * t.v_step * sizeof(float));
     sweep(at, count, [](const Pair<T>& pair) { pair.differentiate(); });
     for (int64_t j = 0; j < count; ++j) {
       for (int64_t d = 0; d < p.head_dim; d += W)
