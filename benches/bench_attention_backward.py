@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ import onepass
 from .bench_attention import NAMES, _sdpa_gqa, _textbook
 from .harness import Case
 from .peers import sdpa_backends
+from .timing import Run
 
 STEPS = 1024
 GOAL = ">= 75% of torch.mm's rate"
@@ -36,13 +38,13 @@ def _case(
         seen = torch.ones(STEPS, STEPS, dtype=torch.bool, device=device).tril()
         return *(x.requires_grad_() for x in (q, k, v)), seen, grad
 
-    def step(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, seen: Tensor, grad: Tensor) -> tuple:
+    def step(attend: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, seen: Tensor, grad: Tensor) -> tuple:
         return torch.autograd.grad(attend(q, k, v, seen), (q, k, v), grad)
 
-    def ours(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, backend: str | None = None) -> Tensor:
+    def ours(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, backend: str | None = None) -> Any:
         return onepass.attention(q, k, v, causal=True, backend=backend)
 
-    runs = {"onepass": ours, "eager": _textbook, "SDPA": _sdpa_gqa, **sdpa_backends(device, _sdpa_gqa)}
+    runs: dict[str, Run] = {"onepass": ours, "eager": _textbook, "SDPA": _sdpa_gqa, **sdpa_backends(device, _sdpa_gqa)}
     of_q, of_keys = batch * STEPS * heads * dim * dtype.itemsize, 2 * batch * STEPS * kv_heads * dim * dtype.itemsize
     return Case(
         op="attention_backward",
