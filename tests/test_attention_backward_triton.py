@@ -36,7 +36,7 @@ def assert_close(got, truth, dtype, names=("dq", "dk", "dv", "dsinks")):
 @pytest.mark.parametrize(("case", "option"), list(itertools.product(CASES, OPTIONS)))
 def test_every_option_against_float64(case, option, dtype, backend):
     if INTERPRETED and (dtype == torch.float16 or (dtype == torch.bfloat16) != (OPTIONS.index(option) % 2 == 1)):
-        pytest.skip("left to the GPU")
+        pytest.skip("interpreted, a program takes a millisecond: this combination runs on a GPU only")
     leaves, chosen = inputs(case, dtype), here(options(option, case))
     if "sinks" in chosen:
         chosen["sinks"] = chosen["sinks"].to(dtype)
@@ -50,7 +50,7 @@ def test_every_option_against_float64(case, option, dtype, backend):
 @pytest.mark.parametrize("option", ["none", "causal", "window"])
 def test_as_good_as_torch(option, dtype, backend):
     if INTERPRETED and (dtype == torch.float16 or option != "causal"):
-        pytest.skip("left to the GPU")
+        pytest.skip("interpreted, a program takes a millisecond: this combination runs on a GPU only")
     assert_gradients_as_good_as_torch((1, 40, 70, 4, 2, 24, 20), option, dtype, backend)
 
 
@@ -58,7 +58,7 @@ def test_as_good_as_torch(option, dtype, backend):
 @pytest.mark.parametrize("option", RAGGED_OPTIONS)
 def test_ragged_rows_against_float64(option, dtype, backend):
     if INTERPRETED and dtype != (torch.bfloat16 if option in ("causal", "many") else torch.float32):
-        pytest.skip("left to the GPU")
+        pytest.skip("interpreted, a program takes a millisecond: this combination runs on a GPU only")
     rows, chosen = Ragged(((5, 37), (0, 9), (3, 0), (19, 19)), dtype=dtype), here(RAGGED_OPTIONS[option])
     if "sinks" in chosen:
         chosen["sinks"] = chosen["sinks"].to(dtype)

@@ -28,7 +28,7 @@ def test_values_and_gradients(n_rays, n_samples, channels, packed, dtype, backen
     """Of enough rays that the rule compares errors and not luck; a background each, for the same reason."""
     if INTERPRETED:                 # a ray costs milliseconds: a third of the cases, of few rays
         if dtype == torch.float16 or packed != bool(channels % 2):
-            pytest.skip("left to the GPU")
+            pytest.skip("interpreted, a program takes a millisecond: this combination runs on a GPU only")
         n_rays = min(n_rays, 24)
     else:
         n_rays *= 1 + 300 // max(n_rays, 1)
