@@ -139,7 +139,25 @@ OP_INLINE F32 load(const float* p) {
   return x;
 }
 
-OP_INLINE F32 widen(U16 half, BF16) { return (F32)(__builtin_convertvector(half, U32) << 16); }
+OP_INLINE U32 to_u32(U16 x) {  // GCC 12 takes the vector apart where it is free to choose
+#if defined(__AVX512F__)
+  return (U32)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+  return (U32)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, U32);
+#endif
+}
+
+OP_INLINE U16 to_u16(U32 x) {  // the lower half of each lane
+#if defined(__AVX512F__)
+  return (U16)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+  return __builtin_convertvector(x, U16);
+#endif
+}
+
+OP_INLINE F32 widen(U16 half, BF16) { return (F32)(to_u32(half) << 16); }
 
 OP_INLINE F32 widen(U16 half, F16) {
 #if defined(__AVX512F__)
@@ -149,7 +167,7 @@ OP_INLINE F32 widen(U16 half, F16) {
 #elif defined(__aarch64__)
   return vcvt_f32_f16((float16x4_t)half);
 #else
-  const I32 bits = (I32) __builtin_convertvector(half, U32), size = bits & 0x7FFF;
+  const I32 bits = (I32)to_u32(half), size = bits & 0x7FFF;
   const I32 quiet = size > 0x7C00 ? splat_i32(0x7FC00000) : splat_i32(0x7F800000);
   const I32 normal = size < 0x7C00 ? (size << 13) + (112 << 23) : quiet | size << 13;
   const I32 value = size < 0x400 ? (I32)(to_f32(size) * 0x1p-24f) : normal;
@@ -161,7 +179,7 @@ OP_INLINE U16 narrow(F32 x, BF16) {  // ties to even; NaN stays NaN; denormals a
   const U32 bits = (U32)x;
   const U32 rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const U32 quiet = (bits >> 16) | 0x40u;
-  return __builtin_convertvector(x == x ? rounded : quiet, U16);
+  return to_u16(x == x ? rounded : quiet);
 }
 
 OP_INLINE U16 narrow(F32 x, F16) {
@@ -177,7 +195,7 @@ OP_INLINE U16 narrow(F32 x, F16) {
   const I32 denormal = (I32)((F32)size + 0.5f) - (I32)splat(0.5f);  // of 0.5 the last place is a half's smallest step
   const I32 large = size > 0x7F800000 ? ((size >> 13) & 0x3FF) | 0x7E00 : splat_i32(0x7C00);
   const I32 value = size < (113 << 23) ? denormal : size < (143 << 23) ? normal : large;
-  return __builtin_convertvector((U32)(value | ((bits >> 16) & 0x8000)), U16);
+  return to_u16((U32)(value | ((bits >> 16) & 0x8000)));
 #endif
 }
 
