@@ -2,14 +2,15 @@
 // with dp = dout v^T and delta = sum_d dout out - dlse. Five products a pair of query and key; no score matrix is
 // stored.
 //
-// A unit is a row's key-value head: tiles of keys, against each of them tiles of TALL queries, lanes are queries. The
-// sums of a tile of keys stay in scratch; those of queries are added to dq tile after tile. So every gradient is summed
-// in one order, whatever the batch and the threads.
+// A unit is a row's key-value head: tiles of keys, against each of them tiles of TALL queries, lanes are queries, which
+// are widened and turned once a unit (once a tile of keys took an eighth of the time). The sums of a tile of keys stay
+// in scratch; those of queries are added to dq tile after tile. So every gradient is summed in one order, whatever the
+// batch and the threads.
 //
 // lse and out are rounded to float32, which bends every probability of a query, and delta, by more than PyTorch's
 // error. So float32 sweeps over the keys twice: first for each query's largest score (`top`), the sum of e^(score -
-// top)
-// (`excess`) and delta = sum p dp; half types take lse, 1 and what the forward returned.
+// top) (`excess`) and delta = sum p dp; half types take lse, 1 and what the forward returned. delta of out would save
+// a product of seven, but dq of 70 keys had 2.1 times PyTorch's error.
 #include "attention_products.h"
 #include "attention_score.h"
 #include "range.h"
@@ -19,7 +20,7 @@ namespace {
 
 struct Tiles {
   int64_t q_step, v_step;
-  float *q, *q_turned, *grad, *grad_turned;        // queries: [row][channel] and [channel][row]
+  float *q, *grad, *q_turned, *grad_turned;        // a unit's queries: [row][channel] and [tile][channel][row]
   float *k, *v, *dk, *dv, *dk_lost, *dv_lost;      // [key][channel]; lost: by the rounding of dk and dv
   float* tile;                                     // [ROWS keys][channel]: what one tile of queries adds to them
   float *probabilities, *grad_probabilities, *dq;  // [key][row] twice, [row][channel]
@@ -27,10 +28,12 @@ struct Tiles {
 
   Tiles(char* memory, const Attention& p) : q_step(round_up(p.head_dim, W)), v_step(round_up(p.value_dim, W)) {
     Arena arena{memory};
-    q = arena.take<float>(TALL * q_step);
-    q_turned = arena.take<float>(TALL * q_step);
-    grad = arena.take<float>(TALL * v_step);
-    grad_turned = arena.take<float>(TALL * v_step);
+    const int64_t longest = p.cache.cu_seqlens ? least(p.queries, p.tokens) : p.queries;
+    const int64_t rows = round_up(longest * (p.heads / p.kv_heads), TALL);
+    q = arena.take<float>(rows * q_step);
+    grad = arena.take<float>(rows * v_step);
+    q_turned = arena.take<float>(rows * q_step);
+    grad_turned = arena.take<float>(rows * v_step);
     k = arena.take<float>(KEYS * q_step);
     v = arena.take<float>(KEYS * v_step);
     dk = arena.take<float>(KEYS * q_step);
@@ -102,26 +105,35 @@ void delta_of_out(const AttentionBackward& b, const Row& row, int64_t head) {
   });
 }
 
-// The queries of a unit as rows and turned, with what is known of each.
+// The queries of a tile as rows and turned.
 template <class T>
 void load_queries(const AttentionBackward& b, const Unit& u, const Tiles& t) {
   const Attention& p = b.forward;
   const int64_t group = p.heads / p.kv_heads, rows = u.to - u.from;
+  float *q = t.q + u.from * t.q_step, *grad = t.grad + u.from * t.v_step;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t i = (u.from + r) / group, h = u.head * group + (u.from + r) % group;
-    const int64_t at = line_at(p, u.row, i, h);
-    widen_row(head_at<T>(p, u.row, p.q, i, h), p.head_dim, t.q + r * t.q_step);
-    widen_row(head_at<T>(p, u.row, b.grad_out, i, h), p.value_dim, t.grad + r * t.v_step);
+    widen_row(head_at<T>(p, u.row, p.q, i, h), p.head_dim, q + r * t.q_step);
+    widen_row(head_at<T>(p, u.row, b.grad_out, i, h), p.value_dim, grad + r * t.v_step);
+  }
+  for (int64_t r = 0; r < rows; r += W) {
+    const int64_t n = least(W, rows - r);
+    turn(q + r * t.q_step, t.q_step, n, t.q_step, t.q_turned + u.from * t.q_step + r, TALL);
+    turn(grad + r * t.v_step, t.v_step, n, t.v_step, t.grad_turned + u.from * t.v_step + r, TALL);
+  }
+}
+
+// What is known of each query of a tile.
+void load_sums(const AttentionBackward& b, const Unit& u, const Tiles& t) {
+  const Attention& p = b.forward;
+  const int64_t group = p.heads / p.kv_heads, rows = u.to - u.from;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = line_at(p, u.row, (u.from + r) / group, u.head * group + (u.from + r) % group);
     t.delta[r] = b.delta[at];
     t.shift[r] = b.top[at] == EMPTY ? 0.0f : b.top[at];  // a query without keys: every score is masked
     t.share[r] = b.excess[at] > 0 ? 1 / b.excess[at] : 1.0f;
   }
   for (int64_t r = rows; r < round_up(rows, W); ++r) t.delta[r] = t.shift[r] = t.share[r] = 0;
-  for (int64_t r = 0; r < rows; r += W) {
-    const int64_t n = least(W, rows - r);
-    turn(t.q + r * t.q_step, t.q_step, n, t.q_step, t.q_turned + r, TALL);
-    turn(t.grad + r * t.v_step, t.v_step, n, t.v_step, t.grad_turned + r, TALL);
-  }
 }
 
 // score - shift of key j for W rows, -inf where a row does not see it.
@@ -142,7 +154,6 @@ class Pair {
       seen[g] = seen_by(u, u.from + g * W, at, count);
       any = any || seen[g].from < seen[g].to;
     }
-    if (any) load_queries<T>(b, u, t);
   }
 
   // One more tile of keys in every query's top, excess and delta, as the forward pass adds them up.
@@ -183,12 +194,13 @@ class Pair {
 
   void differentiate() const {
     if (!any) return;
+    load_sums(b, u, t);
     products();
     for (int64_t g = 0; g < groups; ++g) with_terms(g, [&](const Terms* terms) { probabilities(g, terms); });
 
     for (int64_t j = 0; j < count; j += ROWS) {
-      add_to_keys(j, t.probabilities, t.grad, t.v_step, t.dv, t.dv_lost);
-      add_to_keys(j, t.grad_probabilities, t.q, t.q_step, t.dk, t.dk_lost);
+      add_to_keys(j, t.probabilities, t.grad + u.from * t.v_step, t.v_step, t.dv, t.dv_lost);
+      add_to_keys(j, t.grad_probabilities, t.q + u.from * t.q_step, t.q_step, t.dk, t.dk_lost);
     }
     Fetch nothing;
     for (int64_t r = 0; r < rows; r += ROWS) {
@@ -250,8 +262,8 @@ class Pair {
   }
 
   void products() const {
-    product(t.k, t.q_step, t.q_turned, p.head_dim, t.probabilities);
-    product(t.v, t.v_step, t.grad_turned, p.value_dim, t.grad_probabilities);
+    product(t.k, t.q_step, t.q_turned + u.from * t.q_step, p.head_dim, t.probabilities);
+    product(t.v, t.v_step, t.grad_turned + u.from * t.v_step, p.value_dim, t.grad_probabilities);
   }
 
   // In place: products to probabilities, gradients of those to gradients of products; zero where none is seen.
@@ -279,16 +291,18 @@ class Pair {
 template <class T>
 void backward_unit(const AttentionBackward& b, const Row& row, int64_t head, const Tiles& t) {
   const Attention& p = b.forward;
+  const auto each_tile = [&](auto&& visit) {
+    for (int64_t from = 0; from < row.rows; from += TALL)
+      visit(Unit{p, row, head, head + 1, from, least(row.rows, from + TALL), 0, row.keys, 0, nullptr, 0});
+  };
   const auto sweep = [&](int64_t at, int count, auto&& visit) {
     for (int64_t j = 0; j < count; ++j) {
       widen_row(key_at<T>(row, p.k, at + j, head), p.head_dim, t.k + j * t.q_step);
       widen_row(key_at<T>(row, p.v, at + j, head), p.value_dim, t.v + j * t.v_step);
     }
-    for (int64_t from = 0; from < row.rows; from += TALL) {
-      const Unit u{p, row, head, head + 1, from, least(row.rows, from + TALL), 0, row.keys, 0, nullptr, 0};
-      visit(Pair<T>(b, u, t, at, count));
-    }
+    each_tile([&](const Unit& u) { visit(Pair<T>(b, u, t, at, count)); });
   };
+  each_tile([&](const Unit& u) { load_queries<T>(b, u, t); });
   if constexpr (std::is_same_v<T, float>) {
     each_query(p, row, head, [&](int64_t, int64_t h, int64_t at) {
       const bool sink = p.sinks && p.sinks[h] != EMPTY;
