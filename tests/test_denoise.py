@@ -202,6 +202,24 @@ def test_operands_whose_coefficient_is_zero_are_not_read(backend):
 
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_mask_of_ones_changes_no_bit(prediction, backend):
+    """With and without a mask a kernel may take different loops; the clamp, its coefficients of 0, Inf and NaN."""
+    device = device_of(backend)
+    plan = plans.ddim(5, prediction_type=prediction).to(device)
+    x, u, c, _, known, _, _ = inputs((5, 3, 23, 31), device=device)
+    x[:, 0, 0, :3] = x.new_tensor([math.inf, -math.inf, math.nan])
+    u[:, 0, 0, 3:6] = x.new_tensor([math.inf, -math.inf, math.nan])
+    steps, ones = torch.arange(5, device=device), torch.ones_like(x, dtype=torch.bool)
+    for model in (u, (u, c)):
+        guidance = None if model is u else 2.5
+        plain = denoise_step(x, model, plan, steps, guidance=guidance, backend=backend)
+        masked = denoise_step(x, model, plan, steps, guidance=guidance, mask=ones, known=known, backend=backend)
+        assert torch.equal(plain.nan_to_num(7.0), masked.nan_to_num(7.0))
+        assert torch.equal(plain.isnan(), masked.isnan())
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [
     (3, 4, 41, 53), (3, 1, 41, 53), (1, 1, 41, 53), (41, 53), (4, 41, 1),       # a row is several tiles

@@ -45,6 +45,7 @@ struct Coefficients {
 
   bool remembers() const { return u != 0 || slot >= 0; }
   bool plain() const { return x != 0 && m != 0 && z == 0 && !remembers() && terms == 0; }
+  bool clamped() const { return u != 0 && p != 0 && q != 0 && z == 0 && slot < 0 && terms == 0; }
 };
 
 template <class T>
@@ -109,6 +110,22 @@ void plain_task(const Denoise& p, const Task& t, const Coefficients& c, const Mo
   });
 }
 
+// X x + M m + U u with u clamped: DDIM and its kin. The bits of full_task, in a loop that reads no coefficient again:
+// on Intel's cores that took 1.3 times as long from the last cache.
+template <bool GUIDED, class T, class M>
+void clamped_task(const Denoise& p, const Task& t, const Coefficients& c, const Model<M>& model, T* out) {
+  const T* sample = at<T>(p.sample, t);
+  const F32 cx = splat(c.x), cm = splat(c.m), cu = splat(c.u), cp = splat(c.p), cq = splat(c.q);
+  const F32 high = splat(c.limit), low = -high;
+  const bool has_x = c.x != 0, has_m = c.m != 0;  // else no operand of theirs may count, an Inf or NaN neither
+  sweep(t.count, [&](int64_t i, int n) {
+    const F32 x = load_n(sample + i, n), m = model.template load<GUIDED>(i, n);
+    F32 prev = has_x ? cx * x : F32{};
+    if (has_m) prev = fma(cm, m, prev);
+    store_n(out + i, fma(cu, min(high, max(low, fma(cq, m, cp * x))), prev), n);
+  });
+}
+
 template <bool GUIDED, class T, class M>
 void full_task(const Denoise& p, const Task& t, const Coefficients& c, const Model<M>& model, T* out) {
   alignas(64) float drawn[TILE + 2 * DRAW], weights[TILE + W];
@@ -150,6 +167,8 @@ void run_task(const Denoise& p, const Task& t) {
   T* out = static_cast<T*>(p.out.data) + t.row * p.out.step + t.begin;
   if (c.plain() && !p.mask.data)
     model.cond ? plain_task<true>(p, t, c, model, out) : plain_task<false>(p, t, c, model, out);
+  else if (c.clamped() && !p.mask.data)
+    model.cond ? clamped_task<true>(p, t, c, model, out) : clamped_task<false>(p, t, c, model, out);
   else
     model.cond ? full_task<true>(p, t, c, model, out) : full_task<false>(p, t, c, model, out);
 }
