@@ -151,7 +151,10 @@ def cpu_name() -> str:
 
 def instruction_set() -> str:
     """What our kernels run on here, and what PyTorch's do."""
-    ours = "no native kernels" if _native.error else f"onepass {_native._C.isa}"
+    ours = "no native kernels"
+    if not _native.error:
+        isa, attention = _native._C.isa, _native._C.attention_isa
+        ours = f"onepass {isa}" + ("" if attention == isa else f", attention {attention}")
     return f"{ours}, torch {torch.backends.cpu.get_cpu_capability()}"
 
 

@@ -125,11 +125,7 @@ Kernels load(Isa isa) {
   throw std::logic_error("no such instruction set");
 }
 
-Kernels load_best(Isa isa) {
-  Kernels best = load(isa);
-  best.attention = load(attention_isa(isa)).attention;
-  return best;
-}
+const std::string& name_of(Isa isa) { return instruction_sets()[static_cast<size_t>(isa)].first; }
 
 Kernels kernels;
 
@@ -324,8 +320,10 @@ void bind_volrend(py::module_& m) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of onepass: pointers in, nothing allocated.";
-  kernels = load_best(choose_isa());
-  m.attr("isa") = instruction_sets()[static_cast<size_t>(kernels.isa)].first;
+  kernels = load(choose_isa());
+  kernels.attention = load(attention_isa(kernels.isa)).attention;
+  m.attr("isa") = name_of(kernels.isa);
+  m.attr("attention_isa") = name_of(attention_isa(kernels.isa));
   m.attr("compiler") = ONEPASS_COMPILER;
   m.attr("usable_isas") = usable_instruction_sets();
 #ifdef ONEPASS_WITH_CUDA

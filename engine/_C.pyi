@@ -10,6 +10,7 @@ _Rows = tuple[int, int]         # pointer, elements from one row to the next
 
 isa: str
 compiler: str
+attention_isa: str
 usable_isas: list[str]
 has_cuda: bool
 KL_TILE: int

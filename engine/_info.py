@@ -60,6 +60,7 @@ def collect() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "native": None if native else _native.error,
         "instruction_set": _native._C.isa if native else None,
+        "attention_instruction_set": _native._C.attention_isa if native else None,
         "instruction_sets": list(_native._C.usable_isas) if native else [],
         "cuda_built": native and _native._C.has_cuda,
         "gpus": _gpus(),
@@ -77,14 +78,15 @@ def collect() -> dict[str, Any]:
 
 def text() -> str:
     facts = collect()
-    native = facts["instruction_set"]
+    native, attention = facts["instruction_set"], facts["attention_instruction_set"]
+    chosen = native if attention == native else f"{native}, attention {attention}"
     head = [
         ("onepass", facts["onepass"]),
         ("torch", f"{facts['torch']}, {facts['threads']} threads"),
         ("triton", facts["triton"] or "not installed"),
         ("python", f"{facts['python']} on {facts['system']}"),
         ("processor", facts["processor"]),
-        ("kernels", f"{native} (of {', '.join(facts['instruction_sets'])})" if native else facts["native"]),
+        ("kernels", f"{chosen} (of {', '.join(facts['instruction_sets'])})" if native else facts["native"]),
         ("CUDA part", "built" if facts["cuda_built"] else "not built"),
         ("GPU", "; ".join(facts["gpus"]) or "none"),
         ("backend", facts["backend"] or "chosen call by call"),

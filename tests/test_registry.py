@@ -10,7 +10,7 @@ import onepass
 import onepass.kernels
 from onepass import _ops, _supports_triton, registry
 
-from helpers import needs_native, run_python
+from helpers import ISAS, needs_native, run_python
 
 ZERO = torch.zeros(2, 3)
 
@@ -87,6 +87,23 @@ def test_a_broken_extension_falls_back_with_one_warning():
 def test_an_instruction_set_that_this_cpu_lacks_is_named():
     code = "import onepass._native as n; print(n.error)"
     assert "ONEPASS_CPU_ISA='avx1024': this CPU runs" in run_python(code, ONEPASS_CPU_ISA="avx1024")
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+def test_attention_obeys_the_instruction_set_asked_for(isa):
+    code = "from onepass._native import _C; print(_C.isa, _C.attention_isa)"
+    assert run_python(code, ONEPASS_CPU_ISA=isa).split() == [isa, isa]
+
+
+@needs_native
+def test_attention_widens_bfloat16_on_intel():
+    """Where dot products of bfloat16 are the slower way, left to choose."""
+    code = "from onepass._native import _C; print(_C.isa, _C.attention_isa)"
+    isa, attention = run_python(code, ONEPASS_CPU_ISA="").split()
+    facts = Path("/proc/cpuinfo")
+    intel = facts.exists() and "GenuineIntel" in facts.read_text()
+    assert attention == ("avx512" if intel and isa == "avx512_bf16" else isa)
 
 
 @needs_native
