@@ -80,7 +80,7 @@ Isa choose_isa() {
 }
 
 // Intel's cores take vdpbf16ps a quarter as often as an FMA of half its products (Emerald Rapids: 0.44 and 1.84 a
-// cycle), AMD's Zen 5 as often. So on Intel's attention widens bfloat16.
+// cycle), AMD's Zen 5 as often. So attention widens bfloat16 on Intel's.
 Isa attention_isa(Isa isa) {
 #if defined(__x86_64__)
   if (isa == Isa::avx512_bf16 && __builtin_cpu_is("intel") && !(forced_isa() && *forced_isa())) return Isa::avx512;
@@ -225,7 +225,6 @@ void inside(const Cache& cache, int64_t batch, int64_t queries, int64_t tokens, 
 }
 
 void bind_attention(py::module_& m) {
-  m.def("attention_workspace", [](const Attention& p) { return kernels.attention.workspace(p); });
   m.def("attention_forward", [](const Attention& p, const Array& q) {
     inside(p.cache, p.batch, p.queries, p.tokens, p.rotary);
     const Scratch workspace(kernels.attention.workspace(p), q);

@@ -52,7 +52,10 @@ struct Tiles {
   int64_t bytes;
 };
 
-int64_t workspace_bytes(const Attention& p) { return Tiles(nullptr, p).bytes * most(1, p.num_threads); }
+// Threads that have a unit: memory for the others would grow with the length of the rows.
+int64_t team_of(const Attention& p) { return most(1, least(p.num_threads, p.batch * p.kv_heads)); }
+
+int64_t workspace_bytes(const Attention& p) { return Tiles(nullptr, p).bytes * team_of(p); }
 
 int64_t token_of(const Attention& p, const Row& row, int64_t i) {
   return p.cache.cu_seqlens ? p.cache.cu_seqlens[row.b] + i : i;
@@ -337,7 +340,7 @@ void backward_unit(const AttentionBackward& b, const Row& row, int64_t head, con
 void backward(const AttentionBackward& b, void* workspace) {
   const Attention& p = b.forward;
   const int64_t bytes = Tiles(nullptr, p).bytes, units = p.batch * p.kv_heads;
-  const int64_t team = most(1, least(p.num_threads, units));
+  const int64_t team = team_of(p);
   int64_t next = 0;
   parallel_for(team, 1, static_cast<int>(team), [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
