@@ -75,11 +75,22 @@ struct Model {
   }
 };
 
-// Normals of a task. With one key for the whole batch a row may begin inside a block of four.
-const float* draw_noise(const Denoise& p, const Task& t, uint64_t stream, float* drawn) {
+// Normals of a task. With one key for the whole batch a row may begin inside a block of four. Meanwhile the memory
+// brings what the step reads with them.
+template <class T, class M>
+const float* draw_noise(const Denoise& p, const Task& t, uint64_t stream, const Model<M>& model, const T* out,
+                        float* drawn) {
   const Key key{p.seed.at(p.keys_per_row ? t.row : 0), stream, 0};
   const int64_t start = (p.keys_per_row ? 0 : t.row * p.length) + t.begin;
-  return draw_elements<Distribution::normal>(key, start, t.count, drawn);
+  const T* sample = at<T>(p.sample, t);
+  const bool far = is_far<T>(p.batch * p.length);
+  return draw_elements<Distribution::normal>(key, start, t.count, drawn, [&](int64_t i, int64_t n) {
+    if (!far) return;
+    fetch(sample, i, n);
+    fetch(model.uncond, i, n);
+    if (model.cond) fetch(model.cond, i, n);
+    fetch(out, i, n);
+  });
 }
 
 // The mask of a task as floats.
@@ -130,7 +141,7 @@ template <bool GUIDED, class T, class M>
 void full_task(const Denoise& p, const Task& t, const Coefficients& c, const Model<M>& model, T* out) {
   alignas(64) float drawn[TILE + 2 * DRAW], weights[TILE + W];
   const T *sample = at<T>(p.sample, t), *known = at<T>(p.known, t), *given = at<T>(p.noise, t);
-  const float* noise = c.z != 0 && !given ? draw_noise(p, t, c.stream, drawn) : nullptr;
+  const float* noise = c.z != 0 && !given ? draw_noise(p, t, c.stream, model, out, drawn) : nullptr;
   if (p.mask.data) unpack_mask(p.mask, t, weights);
   T* state = p.state ? static_cast<T*>(p.state) + t.row * p.table.slots * p.length + t.begin : nullptr;
   const bool u_counts = c.remembers();

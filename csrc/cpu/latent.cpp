@@ -154,6 +154,10 @@ struct Posterior {
     low = splat(p.clamp_low);
     high = splat(p.clamp_high);
   }
+  void fetch_moments(int64_t i, int64_t n) const {
+    fetch(mean, i, n);
+    fetch(logvar, i, n);
+  }
 };
 
 // What a vector of elements has.
@@ -210,6 +214,7 @@ void finish(const Latent& p, double* sums, int64_t rows, float* results) {
 template <class T, bool PRIOR>
 void forward_as(const Latent& p, const LatentOut& out) {
   const int64_t length = p.length(), tiles = (length + TILE - 1) / TILE;
+  const bool far = is_far<T>(p.rows * length);
   for_each_tile(p, [&](const Tile& t) {
     Posterior<T> x;
     Noise<T> noise;
@@ -226,7 +231,11 @@ void forward_as(const Latent& p, const LatentOut& out) {
     };
     for (int64_t s = 0; s < p.samples; ++s) {
       T* z = static_cast<T*>(out.z) + (s * p.rows + t.row) * length + t.begin;
-      noise.take(p, t, s, [&](int64_t i, int64_t n) { fetch_to_write(z, i, n); });
+      noise.take(p, t, s, [&](int64_t i, int64_t n) {
+        if (!far) return;
+        fetch(z, i, n);
+        if (s == 0) x.fetch_moments(i, n);
+      });
       float* kl = p.terms == LatentTerms::element ? out.first + t.row * length + t.begin : first;
       const bool wants_kl = s == 0 && (p.terms == LatentTerms::row || p.terms == LatentTerms::element);
       const F32 floor = splat(p.free_bits);
@@ -301,9 +310,14 @@ void sum_samples(const Latent& p, const LatentGradIn& in, const LatentGradOut& o
   float on_first[TILE], on_second[TILE];
   const bool weighted = p.terms == LatentTerms::weights;
   const bool has_first = weighted && in.first, has_second = weighted && in.second;
+  const bool far = is_far<T>(p.rows * p.length());
   for (int64_t s = 0; s < p.samples; ++s) {
-    noise.take(p, t, s, [](int64_t, int64_t) {});
     const T* grad = gather(p, in.z, t, scratch, s * in.z_sample);
+    noise.take(p, t, s, [&](int64_t i, int64_t n) {
+      if (!far) return;
+      if (grad) fetch(grad, i, n);
+      if (s == 0) x.fetch_moments(i, n);
+    });
     if (has_first) spread(t, in.first + s * p.rows, on_first);
     if (has_second) spread(t, in.second + s * p.rows, on_second);
     const int64_t draw = p.antithetic ? s / 2 : s;

@@ -152,14 +152,18 @@ OP_INLINE void normal_pair(const Pack<U32, N>& w0, const Pack<U32, N>& w1, F32s<
   z1 = radius * sin;
 }
 
-// Fetch elements i to i + n of what will be read, or written, soon. Addresses beyond a tensor do no harm.
+// Fetch elements i to i + n of what will be read, or written, soon, into the second cache: the first has too few
+// buffers for lines on their way. Addresses beyond a tensor do no harm.
 template <class T>
 OP_INLINE void fetch(const T* p, int64_t i, int64_t n) {
-  for (int64_t j = i; j < i + n; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + j, 0);
+  for (int64_t j = i; j < i + n; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + j, 0, 2);
+  asm volatile("");  // GCC takes a function of mere prefetches for one without effect, and drops every call of it
 }
+
+// Whether operands of so many elements are worth fetching: of smaller ones all lie in the second cache together.
 template <class T>
-OP_INLINE void fetch_to_write(T* p, int64_t i, int64_t n) {
-  for (int64_t j = i; j < i + n; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + j, 1);
+OP_INLINE bool is_far(int64_t elements) {
+  return elements * static_cast<int64_t>(sizeof(T)) > 1 << 18;
 }
 
 // The elements that N times W blocks of words give, in element order.
@@ -192,25 +196,36 @@ OP_INLINE void transform(const Words* words, float* out) {
 }
 
 // `draws` times DRAW elements from a block of the key's row on. All words first, then all elements: each loop is short
-// enough for the processor to work on several turns of it at a time. `beside(i, n)` is called while elements i to i + n
-// are made, to fetch what will be read with them: the memory is idle meanwhile.
+// enough for the processor to work on several turns of it at a time. `beside(i, n)` is called for every element on the
+// way, a few at a time, to fetch what will be read with them: the memory is idle meanwhile.
 template <Distribution D, class Beside>
 static void draw(const Key& key, uint64_t block, int64_t draws, float* out, Beside&& beside) {
   constexpr int64_t CHUNK = 12, TOGETHER = D == Distribution::normal && W == 16 ? 4 : 2;  // what was quickest
   const RoundKeys keys(key.seed);
   Words words[CHUNK];
+  int64_t met = 0;  // half of a draw's elements while its words are made, half while its numbers are
+  const auto meet = [&](int64_t halves) {
+    beside(met, halves * DRAW / 2);
+    met += halves * DRAW / 2;
+  };
   for (int64_t begin = 0; begin < draws; begin += CHUNK) {
     const int64_t count = draws - begin < CHUNK ? draws - begin : CHUNK;
     const uint64_t first = key.offset + block + static_cast<uint64_t>(begin) * W;
     int64_t i = 0;
-    for (; i + 3 <= count; i += 3) philox<3>(keys, key.stream, first + static_cast<uint64_t>(i) * W, words + i);
-    for (; i < count; ++i) philox<1>(keys, key.stream, first + static_cast<uint64_t>(i) * W, words + i);
+    for (; i + 3 <= count; i += 3) {
+      meet(3);
+      philox<3>(keys, key.stream, first + static_cast<uint64_t>(i) * W, words + i);
+    }
+    for (; i < count; ++i) {
+      meet(1);
+      philox<1>(keys, key.stream, first + static_cast<uint64_t>(i) * W, words + i);
+    }
     for (i = 0; i + TOGETHER <= count; i += TOGETHER) {
-      beside((begin + i) * DRAW, TOGETHER * DRAW);
+      meet(TOGETHER);
       transform<D, TOGETHER>(words + i, out + (begin + i) * DRAW);
     }
     for (; i < count; ++i) {
-      beside((begin + i) * DRAW, DRAW);
+      meet(1);
       transform<D, 1>(words + i, out + (begin + i) * DRAW);
     }
   }

@@ -1,8 +1,8 @@
 // Reparameterized sampling in one pass. Bytes: forward reads mean and logvar and writes z (12 an element in float32),
 // backward reads grad_z, mean and logvar and writes two gradients (20). The noise is never stored: a tile of it is
 // drawn into the first-level cache, used, and drawn again in backward, which costs less than reading it from memory.
-// A tile's operands are fetched while its noise is drawn, so all of a tile has to fit there: tiles of 4096 elements
-// did not, and took 1.2x the time.
+// A tile's operands are fetched while its noise is drawn, a few lines at a time: that takes 0.8 of the time from memory
+// and is left out where all lies in the second cache. Tiles of 4096 elements, too large for the first, took 1.2x.
 #include "onepass/reparam.h"
 
 #include "random.h"
@@ -84,10 +84,12 @@ const T* row_of(const RowsIn& rows, const Tile& tile) {
 template <class T>
 void forward_as(const Reparam& p, T* z, float* kl, double* partial) {
   const bool dense = dense_rows(p, p.mean) && dense_rows(p, p.logvar) && dense_rows(p, p.noise);
+  const bool far = is_far<T>(p.rows * p.length);
   const auto ahead = [&](const Tile& tile, int64_t i, int64_t n) {
+    if (!far) return;
     fetch(row_of<T>(p.mean, tile), i, n);
     fetch(row_of<T>(p.logvar, tile), i, n);
-    fetch_to_write(z + tile.row * p.length + tile.begin, i, n);
+    fetch(z + tile.row * p.length + tile.begin, i, n);
   };
   for_each_tile(p, !p.noise.data, dense, ahead, [&](int64_t task, const Tile& tile, const float* drawn) {
     const T* given = p.noise.data ? row_of<T>(p.noise, tile) : nullptr;
@@ -139,12 +141,14 @@ void backward_as(const Reparam& p, const RowsIn& grad_z, const float* grad_kl, T
                  T* grad_noise) {
   const bool dense =
       dense_rows(p, p.mean) && dense_rows(p, p.logvar) && dense_rows(p, p.noise) && dense_rows(p, grad_z);
+  const bool far = is_far<T>(p.rows * p.length);
   const auto ahead = [&](const Tile& tile, int64_t i, int64_t n) {
+    if (!far) return;
     fetch(row_of<T>(p.mean, tile), i, n);
     fetch(row_of<T>(p.logvar, tile), i, n);
     fetch(row_of<T>(grad_z, tile), i, n);
-    fetch_to_write(grad_mean + tile.row * p.length + tile.begin, i, n);
-    fetch_to_write(grad_logvar + tile.row * p.length + tile.begin, i, n);
+    fetch(grad_mean + tile.row * p.length + tile.begin, i, n);
+    fetch(grad_logvar + tile.row * p.length + tile.begin, i, n);
   };
   for_each_tile(p, grad_z.data && !p.noise.data, dense, ahead, [&](int64_t, const Tile& tile, const float* drawn) {
     const T* given = p.noise.data ? row_of<T>(p.noise, tile) : nullptr;
