@@ -1,8 +1,9 @@
 """The kernel report: what every kernel compiles to, for each configuration, architecture and compiler.
 
-    report.py collect FILE      with Triton importable: compiles every launch of triton/launches.py, writes its rows
-    report.py write FILE...     rows of Triton and CUDA to kernels.json beside this file and to docs/kernels.md
-    report.py check FILE...     the same rows against kernels.json: fails on a difference and on a broken limit
+    report.py collect FILE [TARGET...]  with Triton importable: compiles every launch of triton/launches.py, for all
+                                        targets or those named, and writes its rows
+    report.py write FILE...             rows of Triton and CUDA to kernels.json beside this file and to docs/kernels.md
+    report.py check FILE...             the same rows against kernels.json: fails on a difference and a broken limit
 
 A row names its kernel, configuration, target and compiler; the rest is what `cubin.Kernel.record` gives, threads a
 block, dynamic shared memory and theoretical occupancy. `make kernel-report` writes, CI checks.
@@ -85,6 +86,10 @@ def _key(row: Row) -> tuple[str, ...]:
     return tuple(str(row[name]) for name in KEY)
 
 
+def _made_by(row: Row) -> tuple[str, str]:
+    return row["compiler"], row["target"]
+
+
 def broken(rows: Iterable[Row]) -> list[str]:
     """The limits that rows break, in words."""
     found = []
@@ -103,13 +108,12 @@ def broken(rows: Iterable[Row]) -> list[str]:
 
 
 def differences(old: Iterable[Row], new: Iterable[Row]) -> list[str]:
-    """What changed from one report to another, a line a row; compilers that `new` did not run are passed over."""
-    before, after = ({_key(row): row for row in rows} for rows in (old, list(new)))
-    compilers = {row["compiler"] for row in after.values()}
+    """What changed from one report to another, a line a row; a compiler's targets `new` left out are passed over."""
+    after = {_key(row): row for row in new}
+    made = {_made_by(row) for row in after.values()}
+    before = {_key(row): row for row in old if _made_by(row) in made}
     lines = []
     for key in sorted(before.keys() | after.keys()):
-        if key[-1] not in compilers:
-            continue
         name, a, b = " | ".join(key), before.get(key), after.get(key)
         if a is None or b is None:
             lines.append(f"{name}: {'new' if a is None else 'gone'}")
@@ -119,15 +123,15 @@ def differences(old: Iterable[Row], new: Iterable[Row]) -> list[str]:
     return lines
 
 
-def collect() -> list[Row]:
-    """Every launch of the catalogue on every target, compiled by the Triton that is imported."""
+def collect(targets: Sequence[str] = ()) -> list[Row]:
+    """Every launch of the catalogue on the targets, or on all, compiled by the Triton that is imported."""
     import triton
 
     from gpuless.triton import driver, launches
 
     rows: dict[tuple[str, ...], Row] = {}
     for stem, launch_all in launches.STEMS.items():
-        for target in driver.TARGETS:
+        for target in targets or driver.TARGETS:
             with driver.on(target) as done:
                 launch_all()
             for launch in done:
@@ -205,16 +209,16 @@ def page(rows: Sequence[Row]) -> str:
 def main(arguments: Sequence[str]) -> int:
     command, *paths = arguments
     if command == "collect":
-        _dump(collect(), pathlib.Path(paths[0]))
+        _dump(collect(paths[1:]), pathlib.Path(paths[0]))
         return 0
     rows = read(paths)
     if faults := broken(rows):
         print("kernel report: limits broken\n" + "\n".join(faults))
         return 1
     if command == "write":
-        compilers = {row["compiler"] for row in rows}
+        made = {_made_by(row) for row in rows}
         before = json.loads(BASELINE.read_text()) if BASELINE.exists() else []
-        kept = [row for row in before if row["compiler"] not in compilers]
+        kept = [row for row in before if _made_by(row) not in made]
         _dump([*kept, *rows], BASELINE)
         PAGE.write_text(page([*kept, *rows]))
         return 0

@@ -30,6 +30,7 @@ def test_differences_are_named():
     ]
     assert [line.rpartition(": ")[2] for line in report.differences([ROW], [other])] == ["new", "gone"]
     assert report.differences([ROW, {**ROW, "compiler": "nvcc"}], [ROW]) == []      # nvcc was not run
+    assert report.differences([ROW, {**ROW, "target": "sm_80"}], [ROW]) == []       # nor this one for sm_80
 
 
 def test_writing_keeps_the_other_compilers_and_checking_finds_a_change(tmp_path, monkeypatch, capsys):
