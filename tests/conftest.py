@@ -11,6 +11,11 @@ import torch
 from helpers import device_of
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Suites that run in processes of their own come first, or one worker would be left with them at the end."""
+    items.sort(key=lambda item: item.path.name != "test_suites.py")
+
+
 @pytest.fixture
 def on_its_device(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fresh tensors of a test lie where its backend computes."""

@@ -82,7 +82,7 @@ def test_what_changed_is_checked(change):
 @pytest.mark.parametrize("options", [
     {"softcap": -1.0}, {"softcap": float("nan")}, {"window": (-2, 0)}, {"window": (1.0, 0)}, {"sinks": torch.zeros(3)},
     {"mask": torch.zeros(3, 16)}, {"out": torch.empty(2, 1, 4, 9)}, {"backend": "best"},
-], ids=str)
+], ids=lambda options: "-".join(options))
 def test_other_options_are_checked(options):
     onepass.attention(*qkv(), softcap=1.0)
     with pytest.raises((ValueError, TypeError)):

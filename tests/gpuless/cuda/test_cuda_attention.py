@@ -32,7 +32,7 @@ def plain_cases():
 
 
 @pytest.mark.parametrize("device", ONE_ORDER, indirect=True)
-@pytest.mark.parametrize(("case", "option"), plain_cases())
+@pytest.mark.parametrize(("case", "option"), list(plain_cases()))
 def test_as_good_as_torch(case, option, device):
     for dtype in cases.FLOATS:
         q, k, v = inputs(case, dtype)
@@ -72,7 +72,7 @@ def pairs():
 
 
 @pytest.mark.parametrize("device", ONE_ORDER, indirect=True)
-@pytest.mark.parametrize(("layout", "option"), pairs())
+@pytest.mark.parametrize(("layout", "option"), list(pairs()))
 def test_caches_match_the_reference(layout, option, device):
     """Slots that hold no key are NaN."""
     for dtype, tolerance in ((torch.float32, 3e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)):
