@@ -27,6 +27,7 @@ Run = Callable[..., Any]
 ROUNDS = (7, 300)  # fewest and most samples of a row
 TURN_SECONDS = 4e-3  # of one implementation on a CPU, where the ring has arguments for so many calls
 MAX_SETS = 4096
+MOST_TOUCHED = 4 << 30  # bytes
 
 
 def tensor_bytes(tree: Any) -> int:
@@ -100,7 +101,12 @@ def _keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(trim_threshold, -1)  # never
+
+
+def _have_touched(size: int) -> None:
+    """Take so many bytes from the system and free them: pages that come one fault at a time come now, untimed."""
+    torch.empty(min(size, MOST_TOUCHED), dtype=torch.uint8).zero_()
 
 
 @contextlib.contextmanager
@@ -142,10 +148,10 @@ def _on_cpu(runs: Mapping[str, Run], ring: Ring, seconds: float) -> dict[str, Ti
         ring.keep(places, results)
         return (after_first - start) * 1e-9, (end - start) * 1e-9 / count
 
-    def quickest(name: str, count: int) -> float:
-        """Seconds of the quickest of `count` calls, or of the two that exceed `seconds`."""
+    def quickest(name: str) -> float:
+        """Seconds of the quickest of six calls, or of the two that exceed `seconds`."""
         until, best = time.perf_counter() + seconds, math.inf
-        for i in range(count):
+        for i in range(6):
             best = min(best, turn(name, 1)[1])
             if i and time.perf_counter() > until:
                 break
@@ -153,10 +159,11 @@ def _on_cpu(runs: Mapping[str, Run], ring: Ring, seconds: float) -> dict[str, Ti
 
     calls = {}
     per_round = 0.0
-    quickest(next(iter(runs)), len(ring.sets))  # until each place keeps a result, every result is new memory
+    turn(next(iter(runs)), 1)
+    _have_touched(len(ring.sets) * tensor_bytes(ring.kept))  # until each place keeps a result, each is new memory
     for name in runs:
         turn(name, 1)
-        guess = quickest(name, 6)
+        guess = quickest(name)
         calls[name] = min(len(ring.sets), max(1, math.ceil(TURN_SECONDS / max(guess, 1e-8))))
         per_round += guess * calls[name]
     for name in runs:
