@@ -38,8 +38,8 @@ bool runs_here(Isa isa) {
     case Isa::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    case Isa::avx512_bf16:
-      return runs_here(Isa::avx512) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    case Isa::avx512_vnni: return runs_here(Isa::avx512) && __builtin_cpu_supports("avx512vnni");
+    case Isa::avx512_bf16: return runs_here(Isa::avx512_vnni) && __builtin_cpu_supports("avx512bf16");
 #else
     default: return true;
 #endif
@@ -83,7 +83,7 @@ Isa choose_isa() {
 // cycle), AMD's Zen 5 as often. So attention widens bfloat16 on Intel's.
 Isa attention_isa(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512_bf16 && __builtin_cpu_is("intel") && !(forced_isa() && *forced_isa())) return Isa::avx512;
+  if (isa == Isa::avx512_bf16 && __builtin_cpu_is("intel") && !(forced_isa() && *forced_isa())) return Isa::avx512_vnni;
 #endif
   return isa;
 }

@@ -103,7 +103,7 @@ def test_attention_widens_bfloat16_on_intel():
     isa, attention = run_python(code, ONEPASS_CPU_ISA="").split()
     facts = Path("/proc/cpuinfo")
     intel = facts.exists() and "GenuineIntel" in facts.read_text()
-    assert attention == ("avx512" if intel and isa == "avx512_bf16" else isa)
+    assert attention == ("avx512_vnni" if intel and isa == "avx512_bf16" else isa)
 
 
 @needs_native

@@ -55,6 +55,18 @@ void begin_rows(const Unit& u, const Sizes& s, const Scratch& w) {
         x = rotated;
       }
     }
+#if defined(__AVX512F__)
+    if constexpr (WAY_OF<Q, T, DOT> == Way::whole) {
+      if (is_few) {
+        F32 floats[(MAX_DIM + 2 * W) / W] = {};
+        for (int64_t d = 0; d < p.head_dim; d += W)
+          floats[d / W] = p.rotary.cos ? words<float, false>(buffer, d, p.head_dim) : words<Q, false>(x, d, p.head_dim);
+        w.product_unit[r] = store_whole(floats, s.q_step / W, reinterpret_cast<int16_t*>(q), beside);
+        std::memset(u.c + r * u.c_step, 0, s.c_step * sizeof(float));
+        continue;
+      }
+    }
+#endif
     for (int64_t k = 0; k < s.q_step; k += W) {
       F32 word{};
       if (k * PER < p.head_dim)
@@ -150,7 +162,7 @@ void run(const Unit& u, const Sizes& s, Scratch& w) {
     locate<T>(p, u.row, at + KEYS, ahead, w.then);
     located = ahead;
     if (is_few) {
-      few<T, DOT>(u, s, w, at, count, ahead > 0);
+      few<T, WAY_OF<Q, T, DOT>>(u, s, w, at, count, ahead > 0);
       continue;
     }
     for (int64_t head = u.head; head < u.head_end; ++head) {

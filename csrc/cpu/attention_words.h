@@ -14,6 +14,25 @@ inline constexpr bool HAS_DOT = true;
 inline constexpr bool HAS_DOT = false;
 #endif
 
+#if defined(__AVX512F__)
+inline constexpr bool HAS_WHOLE = true;
+#else
+inline constexpr bool HAS_WHOLE = false;
+#endif
+
+// What a word of a few rows' products is: a float, a pair of bfloat16, or a pair of 16-bit whole numbers.
+enum class Way { floats, pairs, whole };
+
+// How few rows of Q take a cache of T: int8 as it is, with queries and weights as whole numbers, where Q is bfloat16:
+// the 16 bits of the largest are too few for float16's smaller ones.
+template <class Q, class T, bool DOT>
+inline constexpr Way WAY_OF = HAS_WHOLE && std::is_same_v<T, I8> && std::is_same_v<Q, BF16> ? Way::whole
+                              : DOT                                                         ? Way::pairs
+                                                                                            : Way::floats;
+
+template <Way WAY>
+using Sum = std::conditional_t<WAY == Way::whole, I32, F32>;
+
 // acc + a b, with b W words and a one word for all of them. A word is a float, or with DOT a pair of bfloat16 that
 // vdpbf16ps multiplies and adds in float32.
 template <bool DOT>
@@ -36,6 +55,35 @@ OP_INLINE F32 multiply_add(F32 a, F32 b, F32 acc) {
   return fma(a, b, acc);
 }
 
+#if defined(__AVX512F__)
+OP_INLINE I32 dot_whole(F32 a, F32 b, I32 acc) {
+#if defined(__AVX512VNNI__)
+  return (I32)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#else
+  return acc + (I32)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#endif
+}
+#endif
+
+// The same of whole numbers, whose sums are exact, or of what a word else is.
+template <Way WAY>
+OP_INLINE Sum<WAY> accumulate(F32 a, F32 b, Sum<WAY> acc) {
+#if defined(__AVX512F__)
+  if constexpr (WAY == Way::whole) return dot_whole(a, b, acc);
+#endif
+  if constexpr (WAY != Way::whole) return multiply_add<WAY == Way::pairs>(a, b, acc);
+}
+template <Way WAY>
+OP_INLINE Sum<WAY> accumulate(const float* a, F32 b, Sum<WAY> acc) {
+  if constexpr (WAY == Way::whole) {
+    uint32_t pair;
+    std::memcpy(&pair, a, sizeof pair);
+    return accumulate<WAY>((F32)splat_u32(pair), b, acc);
+  } else {
+    return multiply_add<WAY == Way::pairs>(a, b, acc);
+  }
+}
+
 // Weights from `at` on as the first factor of a product.
 template <bool DOT>
 OP_INLINE void store_weights(float* to, int at, F32 x) {
@@ -48,6 +96,28 @@ OP_INLINE void store_weights(float* to, int at, F32 x) {
 #endif
   store(to + at, x);
 }
+
+#if defined(__AVX512F__)
+// W times `vectors` numbers as multiples of the result: whole numbers of 16 bits, those of two vectors at every 2 W
+// `apart`. The unit is a power of two, so that a query of bfloat16 loses nothing where its numbers differ by less than
+// 2^7. NaN where one of them is no finite number.
+OP_INLINE float store_whole(const F32* x, int64_t vectors, int16_t* to, int64_t apart) {
+  constexpr int32_t EXPONENT = 0x7F800000;
+  constexpr float LEAST = 1e-30f;
+  __m512i largest = _mm512_setzero_si512();  // as bits, of which those of Inf and NaN are above all numbers'
+  for (int64_t n = 0; n < vectors; ++n)
+    largest = _mm512_max_epi32(largest, _mm512_and_si512((__m512i)x[n], _mm512_set1_epi32(INT32_MAX)));
+  const int32_t power = _mm512_reduce_max_epi32(largest) & EXPONENT;
+  float unit;
+  std::memcpy(&unit, &power, sizeof unit);
+  unit *= 0x1p-14f;
+  const F32 factor = splat(power < EXPONENT && unit > LEAST ? 1.0f / unit : 0.0f);
+  for (int64_t n = 0; n < vectors; ++n)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + n / 2 * 2 * W * apart + n % 2 * W),
+                        _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32((__m512)(x[n] * factor))));
+  return power < EXPONENT ? unit : __builtin_nanf("");
+}
+#endif
 
 // ---- lanes ----
 
@@ -80,20 +150,21 @@ OP_INLINE void transpose(F32 (&x)[W]) {
 }
 
 // Lanes without S of the result are sums of two of a, those with it of b: a blend and one shuffle.
-template <int S, int... J>
-OP_INLINE F32 fold(F32 a, F32 b, std::integer_sequence<int, J...>) {
-  const F32 stay = shuffle<((J & S) ? W + J : J)...>(a, b);
-  return stay + shuffle<((J & S) ? W + J - S : J + S)...>(a, b);
+template <int S, class V, int... J>
+OP_INLINE V fold(V a, V b, std::integer_sequence<int, J...>) {
+  const V stay = (V)shuffle<((J & S) ? W + J : J)...>((F32)a, (F32)b);
+  return stay + (V)shuffle<((J & S) ? W + J - S : J + S)...>((F32)a, (F32)b);
 }
 
-template <int S>
-OP_INLINE void sum_step(F32 (&x)[W]) {
+template <int S, class V>
+OP_INLINE void sum_step(V (&x)[W]) {
 #pragma GCC unroll 16
   for (int i = 0; i < S; ++i) x[i] = fold<S>(x[i], x[i + S], Lanes{});
 }
 
 // Lane i of the result is the sum of the lanes of x[i].
-OP_INLINE F32 sums(F32 (&x)[W]) {
+template <class V>
+OP_INLINE V sums(V (&x)[W]) {
   if constexpr (W >= 16) sum_step<8 % W>(x);
   if constexpr (W >= 8) sum_step<4 % W>(x);
   sum_step<2>(x);
@@ -146,6 +217,11 @@ OP_INLINE F32 widen_pairs(const E4M3* codes) {
 }
 #endif
 
+#if defined(__AVX512F__)
+// 32 codes as whole numbers of 16 bits.
+OP_INLINE F32 widen_whole(__m256i codes) { return (F32)_mm512_cvtepi8_epi16(codes); }
+#endif
+
 template <class T, bool DOT>
 OP_INLINE F32 all_words(const T* at) {
 #if defined(__AVX512BF16__)
@@ -174,6 +250,25 @@ OP_INLINE F32 words(const T* row, int64_t at, int64_t dim) {
   }
 #endif
   return left >= N ? load(row + at) : load_n(row + at, left);
+}
+
+template <class T, Way WAY>
+OP_INLINE F32 all_words_of(const T* at) {
+#if defined(__AVX512F__)
+  if constexpr (WAY == Way::whole) return widen_whole(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+#endif
+  if constexpr (WAY != Way::whole) return all_words<T, WAY == Way::pairs>(at);
+}
+
+template <class T, Way WAY>
+OP_INLINE F32 words_of(const T* row, int64_t at, int64_t dim) {
+#if defined(__AVX512F__)
+  if constexpr (WAY == Way::whole) {
+    const uint32_t lanes = dim - at >= 2 * W ? ~0u : (1u << (dim - at)) - 1;
+    return widen_whole(_mm256_maskz_loadu_epi8(lanes, row + at));
+  }
+#endif
+  if constexpr (WAY != Way::whole) return words<T, WAY == Way::pairs>(row, at, dim);
 }
 
 // Sums are short chains, or error grows with their length: CHAIN words are added in a row, and a lone column of

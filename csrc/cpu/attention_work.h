@@ -89,8 +89,9 @@ struct Places {
 // What a thread works in: the state of the rows at hand, a tile of keys.
 struct Scratch {
   float *q, *c, *top, *total, *alpha, *scores, *keys, *values;
-  float *key_scale, *value_scale;  // of the head at hand
-  Places *now, *then;              // this tile and the next one
+  float *key_scale, *value_scale;     // of the head at hand
+  float *product_unit, *weight_unit;  // few rows: what 1 stands for, where products and weights are whole numbers
+  Places *now, *then;                 // this tile and the next one
 
   // Of many rows: the same with the state of the unit's head `head`.
   Scratch of_head(int64_t head, const Sizes& s) const {
@@ -118,6 +119,8 @@ struct Scratch {
     values = arena.take<float>(s.c_step * KEYS);
     key_scale = arena.take<float>(KEYS);
     value_scale = arena.take<float>(KEYS);
+    product_unit = arena.take<float>(s.state_rows);
+    weight_unit = arena.take<float>(s.state_rows);
     now = arena.take<Places>(1);
     then = arena.take<Places>(1);
   }

@@ -2,7 +2,7 @@
 #pragma once
 
 #if defined(__x86_64__)
-#define ONEPASS_FOR_EACH_ISA(X) X(baseline) X(avx2) X(avx512) X(avx512_bf16)
+#define ONEPASS_FOR_EACH_ISA(X) X(baseline) X(avx2) X(avx512) X(avx512_vnni) X(avx512_bf16)
 #elif defined(__aarch64__)
 #define ONEPASS_FOR_EACH_ISA(X) X(neon)
 #else
@@ -16,10 +16,11 @@
   extern const Table name;                      \
   }
 #if defined(__x86_64__)
-#define ONEPASS_KERNELS(Table, name)           \
-  ONEPASS_DECLARE_TABLE(baseline, Table, name) \
-  ONEPASS_DECLARE_TABLE(avx2, Table, name)     \
-  ONEPASS_DECLARE_TABLE(avx512, Table, name)   \
+#define ONEPASS_KERNELS(Table, name)              \
+  ONEPASS_DECLARE_TABLE(baseline, Table, name)    \
+  ONEPASS_DECLARE_TABLE(avx2, Table, name)        \
+  ONEPASS_DECLARE_TABLE(avx512, Table, name)      \
+  ONEPASS_DECLARE_TABLE(avx512_vnni, Table, name) \
   ONEPASS_DECLARE_TABLE(avx512_bf16, Table, name)
 #elif defined(__aarch64__)
 #define ONEPASS_KERNELS(Table, name) ONEPASS_DECLARE_TABLE(neon, Table, name)
