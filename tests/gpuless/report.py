@@ -86,8 +86,18 @@ def _key(row: Row) -> tuple[str, ...]:
     return tuple(str(row[name]) for name in KEY)
 
 
-def _made_by(row: Row) -> tuple[str, str]:
-    return row["compiler"], row["target"]
+def _not_run(old: Iterable[Row], new: Sequence[Row]) -> list[Row]:
+    """Rows of compilers that `new` did not run, and of targets that it left to another version of the same compiler."""
+    compilers = {row["compiler"] for row in new}
+    made = {(row["compiler"], row["target"]) for row in new}
+    targets = {(row["compiler"].split()[0], row["target"]) for row in new}
+
+    def passed_over(row: Row) -> bool:
+        compiler, target = row["compiler"], row["target"]
+        left = (compiler, target) not in made and (compiler.split()[0], target) in targets
+        return compiler not in compilers or left
+
+    return [row for row in old if passed_over(row)]
 
 
 def broken(rows: Iterable[Row]) -> list[str]:
@@ -108,10 +118,12 @@ def broken(rows: Iterable[Row]) -> list[str]:
 
 
 def differences(old: Iterable[Row], new: Iterable[Row]) -> list[str]:
-    """What changed from one report to another, a line a row; a compiler's targets `new` left out are passed over."""
+    """What changed from one report to another, a line a row, but for what `new` did not run."""
+    old, new = list(old), list(new)
     after = {_key(row): row for row in new}
-    made = {_made_by(row) for row in after.values()}
-    before = {_key(row): row for row in old if _made_by(row) in made}
+    before = {_key(row): row for row in old}
+    for row in _not_run(old, new):
+        del before[_key(row)]
     lines = []
     for key in sorted(before.keys() | after.keys()):
         name, a, b = " | ".join(key), before.get(key), after.get(key)
@@ -216,9 +228,7 @@ def main(arguments: Sequence[str]) -> int:
         print("kernel report: limits broken\n" + "\n".join(faults))
         return 1
     if command == "write":
-        made = {_made_by(row) for row in rows}
-        before = json.loads(BASELINE.read_text()) if BASELINE.exists() else []
-        kept = [row for row in before if _made_by(row) not in made]
+        kept = _not_run(json.loads(BASELINE.read_text()) if BASELINE.exists() else [], rows)
         _dump([*kept, *rows], BASELINE)
         PAGE.write_text(page([*kept, *rows]))
         return 0

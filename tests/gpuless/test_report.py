@@ -30,7 +30,9 @@ def test_differences_are_named():
     ]
     assert [line.rpartition(": ")[2] for line in report.differences([ROW], [other])] == ["new", "gone"]
     assert report.differences([ROW, {**ROW, "compiler": "nvcc"}], [ROW]) == []      # nvcc was not run
-    assert report.differences([ROW, {**ROW, "target": "sm_80"}], [ROW]) == []       # nor this one for sm_80
+    elsewhere, newer = {**ROW, "target": "sm_80"}, {**ROW, "target": "sm_80", "compiler": "triton 10.0"}
+    assert report.differences([ROW, elsewhere, newer], [ROW, newer]) == []          # left to the newer Triton
+    assert [line.rpartition(": ")[2] for line in report.differences([ROW, elsewhere], [ROW])] == ["gone"]
 
 
 def test_writing_keeps_the_other_compilers_and_checking_finds_a_change(tmp_path, monkeypatch, capsys):
