@@ -83,6 +83,12 @@ def test_value_scales_that_differ_by_token(least):
     assert torch.equal(attend(q, k, v, k_scale, torch.zeros_like(v_scale))[0], torch.zeros_like(q))
 
 
+def test_values_near_the_least_of_bfloat16():
+    q, k, v, k_scale, v_scale = inputs(torch.bfloat16)
+    cache = k, v, k_scale, v_scale * 1e-29
+    assert_rounded(attend(q, *cache), truth(q, *cache), torch.bfloat16)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_only_the_row_of_a_bad_number_is_nan(bad):
     q, *cache = inputs(torch.bfloat16)

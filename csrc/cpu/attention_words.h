@@ -103,7 +103,6 @@ OP_INLINE void store_weights(float* to, int at, F32 x) {
 // 2^7. NaN where one of them is no finite number.
 OP_INLINE float store_whole(const F32* x, int64_t vectors, int16_t* to, int64_t apart) {
   constexpr int32_t EXPONENT = 0x7F800000;
-  constexpr float LEAST = 1e-30f;
   __m512i largest = _mm512_setzero_si512();  // as bits, of which those of Inf and NaN are above all numbers'
   for (int64_t n = 0; n < vectors; ++n)
     largest = _mm512_max_epi32(largest, _mm512_and_si512((__m512i)x[n], _mm512_set1_epi32(INT32_MAX)));
@@ -111,7 +110,7 @@ OP_INLINE float store_whole(const F32* x, int64_t vectors, int16_t* to, int64_t 
   float unit;
   std::memcpy(&unit, &power, sizeof unit);
   unit *= 0x1p-14f;
-  const F32 factor = splat(power < EXPONENT && unit > LEAST ? 1.0f / unit : 0.0f);
+  const F32 factor = splat(power < EXPONENT && unit >= __FLT_MIN__ ? 1.0f / unit : 0.0f);
   for (int64_t n = 0; n < vectors; ++n)
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + n / 2 * 2 * W * apart + n % 2 * W),
                         _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32((__m512)(x[n] * factor))));
