@@ -129,72 +129,44 @@ const std::string& name_of(Isa isa) { return instruction_sets()[static_cast<size
 
 Kernels kernels;
 
-void bind_rng(py::module_& m) {
-  m.def("rng_fill", [](int distribution, const KeysArgument& key, int64_t rows, int64_t length, int dtype, Pointer out,
-                       int num_threads) {
-    const Keys of = keys(key);
+void bind_sampling(py::module_& m) {
+  def_rng_fill<int>(m, [](Distribution kind, const Keys& keys, int64_t rows, int64_t length, DType dtype, void* out,
+                          int num_threads) {
     py::gil_scoped_release nogil;
-    kernels.rng.fill(static_cast<Distribution>(distribution), of, rows, length, static_cast<DType>(dtype),
-                     at<void>(out), num_threads);
+    kernels.rng.fill(kind, keys, rows, length, dtype, out, num_threads);
   });
-}
-
-void bind_reparam(py::module_& m) {
-  m.def("reparam_forward", [](int64_t rows, int64_t length, int dtype, Pointer mean, int64_t mean_step, Pointer logvar,
-                              int64_t logvar_step, Pointer noise, int64_t noise_step, const KeysArgument& key,
-                              bool keys_per_row, int num_threads, Pointer z, Pointer kl, Pointer partial) {
-    const Reparam p = reparam(rows, length, dtype, mean, mean_step, logvar, logvar_step, noise, noise_step, key,
-                              keys_per_row, num_threads);
+  def_reparam<int>(
+      m, KL_TILE,
+      [](Reparam p, void* z, float* kl, double* partial, int num_threads) {
+        p.num_threads = num_threads;
+        py::gil_scoped_release nogil;
+        kernels.reparam.forward(p, z, kl, partial);
+      },
+      [](Reparam p, RowsIn grad_z, const float* grad_kl, void* grad_mean, void* grad_logvar, void* grad_noise,
+         int num_threads) {
+        p.num_threads = num_threads;
+        py::gil_scoped_release nogil;
+        kernels.reparam.backward(p, grad_z, grad_kl, grad_mean, grad_logvar, grad_noise);
+      });
+  def_latent<int>(
+      m,
+      [](Latent p, const LatentOut& out, int num_threads) {
+        p.num_threads = num_threads;
+        py::gil_scoped_release nogil;
+        kernels.latent.forward(p, out);
+      },
+      [](Latent p, const LatentGradIn& in, const LatentGradOut& out, int num_threads) {
+        p.num_threads = num_threads;
+        py::gil_scoped_release nogil;
+        kernels.latent.backward(p, in, out);
+      });
+  def_gumbel_softmax<int>(m, [](GumbelSoftmax p, const Array& logits, int num_threads) {
+    p.num_threads = static_cast<int>(std::min<int64_t>(num_threads, p.groups));
+    const Scratch scratch(p.num_threads * (p.n + GUMBEL_MARGIN) * static_cast<int64_t>(sizeof(float)), logits);
+    p.scratch = static_cast<float*>(scratch.data());
     py::gil_scoped_release nogil;
-    kernels.reparam.forward(p, at<void>(z), at<float>(kl), at<double>(partial));
+    kernels.gumbel.softmax(p);
   });
-  m.def("reparam_backward", [](int64_t rows, int64_t length, int dtype, Pointer mean, int64_t mean_step, Pointer logvar,
-                               int64_t logvar_step, Pointer noise, int64_t noise_step, const KeysArgument& key,
-                               bool keys_per_row, int num_threads, Pointer grad_z, int64_t grad_z_step, Pointer grad_kl,
-                               Pointer grad_mean, Pointer grad_logvar, Pointer grad_noise) {
-    const Reparam p = reparam(rows, length, dtype, mean, mean_step, logvar, logvar_step, noise, noise_step, key,
-                              keys_per_row, num_threads);
-    py::gil_scoped_release nogil;
-    kernels.reparam.backward(p, {at<const void>(grad_z), grad_z_step}, at<const float>(grad_kl), at<void>(grad_mean),
-                             at<void>(grad_logvar), at<void>(grad_noise));
-  });
-}
-
-void bind_latent(py::module_& m) {
-  m.def("latent_forward", [](const Latent& p, Pointer z, Pointer first, Pointer second, Pointer partial) {
-    py::gil_scoped_release nogil;
-    kernels.latent.forward(p, {at<void>(z), at<float>(first), at<float>(second), at<double>(partial)});
-  });
-  m.def("latent_backward", [](const Latent& p, const SegmentsArgument& grad_z, int64_t z_sample, Pointer grad_first,
-                              Pointer grad_second, const SegmentsArgument& mean, const SegmentsArgument& logvar,
-                              const SegmentsArgument& prior_mean, const SegmentsArgument& prior_logvar, Pointer noise) {
-    const LatentGradIn in{segments_in(grad_z), z_sample, at<const float>(grad_first), at<const float>(grad_second)};
-    const LatentGradOut out{segments_out(mean), segments_out(logvar), segments_out(prior_mean),
-                            segments_out(prior_logvar), at<void>(noise)};
-    py::gil_scoped_release nogil;
-    kernels.latent.backward(p, in, out);
-  });
-}
-
-void bind_gumbel(py::module_& m) {
-  m.def("gumbel_softmax",
-        [](int64_t groups, int64_t n, int64_t keyed, int dtype, Pointer logits, Pointer grad, const KeysArgument& key,
-           float tau, bool hard, Pointer out, Pointer scratch, int num_threads) {
-          const GumbelSoftmax p{groups,
-                                n,
-                                keyed,
-                                static_cast<DType>(dtype),
-                                at<const void>(logits),
-                                at<const void>(grad),
-                                keys(key),
-                                tau,
-                                hard,
-                                at<void>(out),
-                                at<float>(scratch),
-                                num_threads};
-          py::gil_scoped_release nogil;
-          kernels.gumbel.softmax(p);
-        });
 }
 
 void bind_interpolate(py::module_& m) {
@@ -333,10 +305,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = false;
 #endif
   bind_calls(m);
-  bind_rng(m);
-  bind_reparam(m);
-  bind_latent(m);
-  bind_gumbel(m);
+  bind_sampling(m);
   bind_interpolate(m);
   bind_attention(m);
   bind_attention_merge(m);

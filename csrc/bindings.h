@@ -9,16 +9,12 @@
 #include <tuple>
 #include <utility>
 
+#include "bindings_sampling.h"
 #include "onepass/attention.h"
 #include "onepass/attention_merge.h"
 #include "onepass/denoise.h"
-#include "onepass/gumbel.h"
 #include "onepass/interpolate.h"
-#include "onepass/latent.h"
-#include "onepass/reparam.h"
-#include "onepass/rng.h"
 #include "onepass/volrend.h"
-#include "tensors.h"
 
 namespace onepass::bindings {
 
@@ -31,81 +27,17 @@ T* at(Pointer p) {
   return reinterpret_cast<T*>(p);
 }
 
-// (value, pointer to values or 0, step): one part of a random key.
-using KeyArgument = std::tuple<int64_t, Pointer, int64_t>;
+// (value, pointer to values or 0, step)
+using NumberArgument = std::tuple<int64_t, Pointer, int64_t>;
 
-inline KeyPart key_part(const KeyArgument& a) {
+inline KeyPart key_part(const NumberArgument& a) {
   return {std::get<0>(a), at<const int64_t>(std::get<1>(a)), std::get<2>(a)};
-}
-
-// Of seed, stream and offset; None where no number is drawn.
-using KeysArgument = std::optional<std::tuple<KeyArgument, KeyArgument, KeyArgument>>;
-
-inline Keys keys(const KeysArgument& a) {
-  if (!a) return {};
-  const auto& [seed, stream, offset] = *a;
-  return {key_part(seed), key_part(stream), key_part(offset)};
 }
 
 // (pointer or 0, elements from a row to the next)
 using RowsArgument = std::pair<Pointer, int64_t>;
 
 inline RowsIn rows_in(const RowsArgument& a) { return {at<const void>(a.first), a.second}; }
-
-// Pointers and steps one by one: unpacking tuples costs more than the rest of the call.
-inline Reparam reparam(int64_t rows, int64_t length, int dtype, Pointer mean, int64_t mean_step, Pointer logvar,
-                       int64_t logvar_step, Pointer noise, int64_t noise_step, const KeysArgument& key,
-                       bool keys_per_row, int num_threads) {
-  return {rows,
-          length,
-          static_cast<DType>(dtype),
-          {at<const void>(mean), mean_step},
-          {at<const void>(logvar), logvar_step},
-          {at<const void>(noise), noise_step},
-          keys(key),
-          keys_per_row,
-          num_threads};
-}
-
-// (pointer or 0, elements from a row and from a segment to the next)
-using SegmentsArgument = std::tuple<Pointer, int64_t, int64_t>;
-
-inline Segments segments_in(const SegmentsArgument& a) {
-  return {at<const void>(std::get<0>(a)), std::get<1>(a), std::get<2>(a)};
-}
-inline SegmentsOut segments_out(const SegmentsArgument& a) {
-  return {at<void>(std::get<0>(a)), std::get<1>(a), std::get<2>(a)};
-}
-
-inline void bind_latent_call(py::module_& m) {
-  py::class_<Latent>(m, "Latent", py::module_local())
-      .def(py::init([](int64_t rows, int64_t segments, int64_t run, int dtype, const SegmentsArgument& mean,
-                       const SegmentsArgument& logvar, const SegmentsArgument& prior_mean,
-                       const SegmentsArgument& prior_logvar, const SegmentsArgument& noise, int64_t noise_draw,
-                       const KeysArgument& key, bool keys_per_row, float clamp_low, float clamp_high, int64_t samples,
-                       bool antithetic, int terms, float beta, float free_bits, int num_threads) {
-        return Latent{rows,
-                      segments,
-                      run,
-                      static_cast<DType>(dtype),
-                      segments_in(mean),
-                      segments_in(logvar),
-                      segments_in(prior_mean),
-                      segments_in(prior_logvar),
-                      segments_in(noise),
-                      noise_draw,
-                      keys(key),
-                      keys_per_row,
-                      clamp_low,
-                      clamp_high,
-                      samples,
-                      antithetic,
-                      static_cast<LatentTerms>(terms),
-                      beta,
-                      free_bits,
-                      num_threads};
-      }));
-}
 
 inline void bind_interpolate_call(py::module_& m) {
   py::class_<Interpolate>(m, "Interpolate", py::module_local())
@@ -161,9 +93,9 @@ void def_denoise_step(py::module_& m, Run run) {
   m.def("denoise_step", [run](int64_t batch, int64_t length, int dtype, int model_dtype, RowsArgument sample,
                               RowsArgument model, RowsArgument cond, RowsArgument noise, RowsArgument known,
                               std::tuple<Pointer, bool, int64_t, int64_t> mask,
-                              std::tuple<Pointer, int64_t, int64_t> table, const KeyArgument& step,
-                              std::tuple<double, Pointer, int64_t> guidance, const KeyArgument& seed, bool keys_per_row,
-                              Pointer state, RowsArgument out, const Target& target) {
+                              std::tuple<Pointer, int64_t, int64_t> table, const NumberArgument& step,
+                              std::tuple<double, Pointer, int64_t> guidance, const NumberArgument& seed,
+                              bool keys_per_row, Pointer state, RowsArgument out, const Target& target) {
     const Denoise p{
         batch,
         length,
@@ -357,16 +289,12 @@ inline void bind_calls(py::module_& m) {
       "signature", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(signature)), METH_FASTCALL, nullptr};
   PyModule_AddObject(m.ptr(), "signature", PyCFunction_New(&signature_method, nullptr));
   m.def("cache_fits", cache_fits);
-  m.attr("KL_TILE") = KL_TILE;
-  m.attr("LATENT_TILE") = LATENT_TILE;
-  m.attr("GUMBEL_MARGIN") = GUMBEL_MARGIN;
   m.attr("INTERPOLATE_TILE") = INTERPOLATE_TILE;
   m.attr("PAIR_SUMS") = sizeof(PairSums) / sizeof(double);
   m.attr("DENOISE_COLUMNS") = static_cast<int>(COL_HISTORY);
   m.attr("MAX_HISTORY") = MAX_HISTORY;
   bind_attention_call(m);
   bind_interpolate_call(m);
-  bind_latent_call(m);
   bind_composite_call(m);
 }
 

@@ -8,57 +8,25 @@ using Place = std::pair<int, Pointer>;  // device, cudaStream_t
 
 Stream on(const Place& place) { return {place.first, at<void>(place.second)}; }
 
-void bind_rng(py::module_& m) {
-  m.def("rng_fill", [](int distribution, const KeysArgument& key, int64_t rows, int64_t length, int dtype, Pointer out,
-                       const Place& place) {
-    cuda::rng_fill(static_cast<Distribution>(distribution), keys(key), rows, length, static_cast<DType>(dtype),
-                   at<void>(out), on(place));
-  });
-}
-
-void bind_reparam(py::module_& m) {
-  m.attr("KL_TILE") = cuda::KL_TILE;
-  m.def("reparam_forward", [](int64_t rows, int64_t length, int dtype, Pointer mean, int64_t mean_step, Pointer logvar,
-                              int64_t logvar_step, Pointer noise, int64_t noise_step, const KeysArgument& key,
-                              bool keys_per_row, const Place& place, Pointer z, Pointer kl, Pointer partial) {
-    const Reparam p =
-        reparam(rows, length, dtype, mean, mean_step, logvar, logvar_step, noise, noise_step, key, keys_per_row, 0);
-    cuda::reparam_forward(p, at<void>(z), at<float>(kl), at<double>(partial), on(place));
-  });
-  m.def("reparam_backward", [](int64_t rows, int64_t length, int dtype, Pointer mean, int64_t mean_step, Pointer logvar,
-                               int64_t logvar_step, Pointer noise, int64_t noise_step, const KeysArgument& key,
-                               bool keys_per_row, const Place& place, Pointer grad_z, int64_t grad_z_step,
-                               Pointer grad_kl, Pointer grad_mean, Pointer grad_logvar, Pointer grad_noise) {
-    const Reparam p =
-        reparam(rows, length, dtype, mean, mean_step, logvar, logvar_step, noise, noise_step, key, keys_per_row, 0);
-    cuda::reparam_backward(p, {at<const void>(grad_z), grad_z_step}, at<const float>(grad_kl), at<void>(grad_mean),
-                           at<void>(grad_logvar), at<void>(grad_noise), on(place));
-  });
-}
-
-void bind_latent(py::module_& m) {
-  m.def("latent_forward",
-        [](const Latent& p, Pointer z, Pointer first, Pointer second, Pointer partial, const Place& place) {
-          cuda::latent_forward(p, {at<void>(z), at<float>(first), at<float>(second), at<double>(partial)}, on(place));
-        });
-  m.def("latent_backward", [](const Latent& p, const SegmentsArgument& grad_z, int64_t z_sample, Pointer grad_first,
-                              Pointer grad_second, const SegmentsArgument& mean, const SegmentsArgument& logvar,
-                              const SegmentsArgument& prior_mean, const SegmentsArgument& prior_logvar, Pointer noise,
-                              const Place& place) {
-    cuda::latent_backward(p, {segments_in(grad_z), z_sample, at<const float>(grad_first), at<const float>(grad_second)},
-                          {segments_out(mean), segments_out(logvar), segments_out(prior_mean),
-                           segments_out(prior_logvar), at<void>(noise)},
-                          on(place));
-  });
-}
-
-void bind_gumbel(py::module_& m) {
-  m.def("gumbel_softmax", [](int64_t groups, int64_t n, int64_t keyed, int dtype, Pointer logits, Pointer grad,
-                             const KeysArgument& key, float tau, bool hard, Pointer out, const Place& place) {
-    cuda::gumbel_softmax({groups, n, keyed, static_cast<DType>(dtype), at<const void>(logits), at<const void>(grad),
-                          keys(key), tau, hard, at<void>(out), nullptr, 0},
-                         on(place));
-  });
+void bind_sampling(py::module_& m) {
+  def_rng_fill<Place>(m, [](Distribution kind, const Keys& keys, int64_t rows, int64_t length, DType dtype, void* out,
+                            const Place& place) { cuda::rng_fill(kind, keys, rows, length, dtype, out, on(place)); });
+  def_reparam<Place>(
+      m, cuda::KL_TILE,
+      [](const Reparam& p, void* z, float* kl, double* partial, const Place& place) {
+        cuda::reparam_forward(p, z, kl, partial, on(place));
+      },
+      [](const Reparam& p, RowsIn grad_z, const float* grad_kl, void* grad_mean, void* grad_logvar, void* grad_noise,
+         const Place& place) {
+        cuda::reparam_backward(p, grad_z, grad_kl, grad_mean, grad_logvar, grad_noise, on(place));
+      });
+  def_latent<Place>(
+      m, [](const Latent& p, const LatentOut& out, const Place& place) { cuda::latent_forward(p, out, on(place)); },
+      [](const Latent& p, const LatentGradIn& in, const LatentGradOut& out, const Place& place) {
+        cuda::latent_backward(p, in, out, on(place));
+      });
+  def_gumbel_softmax<Place>(
+      m, [](const GumbelSoftmax& p, const Array&, const Place& place) { cuda::gumbel_softmax(p, on(place)); });
 }
 
 void bind_interpolate(py::module_& m) {
@@ -113,10 +81,7 @@ void bind_attention(py::module_& m) {
 }  // namespace
 
 void bind_cuda(py::module_ m) {
-  bind_rng(m);
-  bind_reparam(m);
-  bind_latent(m);
-  bind_gumbel(m);
+  bind_sampling(m);
   bind_interpolate(m);
   bind_denoise(m);
   bind_volrend(m);

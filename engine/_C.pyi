@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-_Key = tuple[int, int, int]     # number, pointer to int64 values, step from row to row
-_Keys = tuple[_Key, ...]       # of seed, stream and offset
+_Key = tuple[int, Tensor | None, int, Tensor | None, int, Tensor | None]    # seed, stream, offset: number or tensor
+_LatentOptions = tuple[float, float, int, bool, int, float, float]      # clamp, samples, antithetic, terms, beta, bits
+_Number = tuple[int, int, int]  # number, pointer to int64 values, step from row to row
 _Rows = tuple[int, int]         # pointer, elements from one row to the next
 
 isa: str
@@ -13,9 +14,6 @@ compiler: str
 attention_isa: str
 usable_isas: list[str]
 has_cuda: bool
-KL_TILE: int
-LATENT_TILE: int
-GUMBEL_MARGIN: int
 INTERPOLATE_TILE: int
 PAIR_SUMS: int
 DENOISE_COLUMNS: int
@@ -26,22 +24,30 @@ def read_by_attributes(on: bool, /) -> None: ...
 def cuda_devices() -> list[str]: ...
 cuda: Any       # where has_cuda: the functions below that have a CUDA kernel, with (device, stream) for num_threads
 
-def rng_fill(
-    distribution: int, keys: _Keys, rows: int, length: int, dtype: int, out: int, num_threads: int, /
-) -> None: ...
-def reparam_forward(
-    rows: int, length: int, dtype: int, mean: int, mean_step: int, logvar: int, logvar_step: int, noise: int,
-    noise_step: int, keys: _Keys | None, keys_per_row: bool, num_threads: int, z: int, kl: int, partial: int, /,
-) -> None: ...
-def reparam_backward(
-    rows: int, length: int, dtype: int, mean: int, mean_step: int, logvar: int, logvar_step: int, noise: int,
-    noise_step: int, keys: _Keys | None, keys_per_row: bool, num_threads: int, grad_z: int, grad_z_step: int,
-    grad_kl: int, grad_mean: int, grad_logvar: int, grad_noise: int, /,
-) -> None: ...
+# Of the functions that return a number, bit i says that argument i lies otherwise than the kernel reads, and that
+# nothing was done.
 
+def rng_fill(distribution: int, key: _Key, out: Tensor, num_threads: int, /) -> None: ...
+def reparam_forward(
+    mean: Tensor, logvar: Tensor, noise: Tensor | None, key: _Key, z: Tensor, kl: Tensor | None, num_threads: int, /
+) -> int: ...
+def reparam_backward(
+    mean: Tensor, logvar: Tensor, noise: Tensor | None, key: _Key, grad_z: Tensor | None, grad_kl: Tensor | None,
+    grad_mean: Tensor, grad_logvar: Tensor, grad_noise: Tensor | None, num_threads: int, /,
+) -> int: ...
+def latent_forward(
+    mean: Tensor, logvar: Tensor | None, noise: Tensor | None, key: _Key, prior_mean: Tensor | None,
+    prior_logvar: Tensor | None, chunk_dim: int, options: _LatentOptions, z: Tensor, first: Tensor, second: Tensor,
+    num_threads: int, /,
+) -> int: ...
+def latent_backward(
+    mean: Tensor, logvar: Tensor | None, noise: Tensor | None, key: _Key, prior_mean: Tensor | None,
+    prior_logvar: Tensor | None, chunk_dim: int, options: _LatentOptions, grad_z: Tensor | None,
+    grad_first: Tensor | None, grad_second: Tensor | None, to_mean: Tensor, to_logvar: Tensor | None,
+    to_prior_mean: Tensor | None, to_prior_logvar: Tensor | None, to_noise: Tensor | None, num_threads: int, /,
+) -> int: ...
 def gumbel_softmax(
-    groups: int, n: int, keyed: int, dtype: int, logits: int, grad: int, keys: _Keys, tau: float, hard: bool, out: int,
-    scratch: int, num_threads: int, /,
+    logits: Tensor, grad: Tensor | None, key: _Key, tau: float, hard: bool, out: Tensor, num_threads: int, /
 ) -> None: ...
 
 class Interpolate:
@@ -55,26 +61,10 @@ def interpolate_backward(
     call: Interpolate, start: int, end: int, weights: int, vectors: int, partial: int, /
 ) -> None: ...
 
-_Segments = tuple[int, int, int]        # pointer, elements from a row and from a segment to the next
-
-class Latent:
-    def __init__(
-        self, rows: int, segments: int, run: int, dtype: int, mean: _Segments, logvar: _Segments,
-        prior_mean: _Segments, prior_logvar: _Segments, noise: _Segments, noise_draw: int, keys: _Keys | None,
-        keys_per_row: bool, clamp_low: float, clamp_high: float, samples: int, antithetic: bool, terms: int,
-        beta: float, free_bits: float, num_threads: int, /,
-    ) -> None: ...
-
-def latent_forward(call: Latent, z: int, first: int, second: int, partial: int, /) -> None: ...
-def latent_backward(
-    call: Latent, grad_z: _Segments, z_sample: int, grad_first: int, grad_second: int, mean: _Segments,
-    logvar: _Segments, prior_mean: _Segments, prior_logvar: _Segments, noise: int, /,
-) -> None: ...
-
 def denoise_step(
     batch: int, length: int, dtype: int, model_dtype: int, sample: _Rows, model: _Rows, cond: _Rows, noise: _Rows,
-    known: _Rows, mask: tuple[int, bool, int, int], table: tuple[int, int, int], step: _Key,
-    guidance: tuple[float, int, int], seed: _Key, keys_per_row: bool, state: int, out: _Rows, num_threads: int, /,
+    known: _Rows, mask: tuple[int, bool, int, int], table: tuple[int, int, int], step: _Number,
+    guidance: tuple[float, int, int], seed: _Number, keys_per_row: bool, state: int, out: _Rows, num_threads: int, /,
 ) -> int: ...
 
 class Attention:

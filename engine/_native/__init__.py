@@ -1,6 +1,7 @@
-"""From tensors to the pointers that onepass._C takes. Arguments arrive checked; nothing is read but metadata."""
+"""From tensors to what onepass._C takes. Arguments arrive checked; nothing is read but metadata."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,14 +35,6 @@ def key_part(value: int, values: Tensor | None) -> tuple[int, int, int]:
     return 0, values.data_ptr(), values.stride(0) if values.dim() else 0
 
 
-def random_keys(
-    seed: int, seeds: Tensor | None, stream: int, streams: Tensor | None, offset: int, offsets: Tensor | None
-) -> tuple[tuple[tuple[int, int, int], ...], bool]:
-    """The parts of random keys, and whether every row has a key of its own."""
-    per_row = any(part is not None and part.dim() for part in (seeds, streams, offsets))
-    return (key_part(seed, seeds), key_part(stream, streams), key_part(offset, offsets)), per_row
-
-
 def row_length(x: Tensor) -> tuple[int, int]:
     """The rows of dim 0, and the elements of each; a scalar is one row."""
     rows = x.shape[0] if x.dim() else 1
@@ -58,6 +51,12 @@ def by_rows(x: Tensor, length: int) -> tuple[Tensor, int]:
     if x.shape[0] and x[0].is_contiguous():
         return x, x.stride(0)
     return x.contiguous(), length
+
+
+def run(kernel: Callable[..., int], *arguments: Any) -> None:
+    """Calls a kernel that says which of its arguments (a bit each) lie otherwise than it reads: again with copies."""
+    while odd := kernel(*arguments):
+        arguments = tuple(x.contiguous() if odd >> i & 1 else x for i, x in enumerate(arguments))
 
 
 def layout_of(x: Tensor) -> tuple[int, int] | None:
@@ -116,7 +115,7 @@ def kernels(x: Tensor) -> tuple[Any, Any]:
 
 def empty_like(x: Tensor) -> Tensor:
     """A contiguous tensor with the shape and dtype of x."""
-    return torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 __all__ = [
@@ -135,6 +134,6 @@ __all__ = [
     "mask_rows",
     "on_device",
     "pointer",
-    "random_keys",
     "row_length",
+    "run",
 ]

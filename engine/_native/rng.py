@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ..reference.rng import DISTRIBUTIONS
-from . import DTYPES, kernels, random_keys, row_length
+from . import kernels
 
 _CODES = {name: code for code, name in enumerate((*DISTRIBUTIONS, "bits"))}
 
@@ -22,8 +22,6 @@ def fill(
 ) -> Tensor:
     result = out if out is not None and out.is_contiguous() else torch.empty(shape, dtype=dtype, device=device)
     if result.numel():
-        keys, per_row = random_keys(seed, seeds, stream, streams, offset, offsets)
-        rows, length = row_length(result) if per_row else (1, result.numel())
         native, place = kernels(result)
-        native.rng_fill(_CODES[distribution], keys, rows, length, DTYPES.get(dtype, 0), result.data_ptr(), place)
+        native.rng_fill(_CODES[distribution], (seed, seeds, stream, streams, offset, offsets), result, place)
     return result if out is None or out is result else out.copy_(result)
