@@ -12,7 +12,6 @@
 #include "bindings_sampling.h"
 #include "onepass/attention.h"
 #include "onepass/attention_merge.h"
-#include "onepass/denoise.h"
 #include "onepass/interpolate.h"
 #include "onepass/volrend.h"
 
@@ -26,18 +25,6 @@ template <class T>
 T* at(Pointer p) {
   return reinterpret_cast<T*>(p);
 }
-
-// (value, pointer to values or 0, step)
-using NumberArgument = std::tuple<int64_t, Pointer, int64_t>;
-
-inline KeyPart key_part(const NumberArgument& a) {
-  return {std::get<0>(a), at<const int64_t>(std::get<1>(a)), std::get<2>(a)};
-}
-
-// (pointer or 0, elements from a row to the next)
-using RowsArgument = std::pair<Pointer, int64_t>;
-
-inline RowsIn rows_in(const RowsArgument& a) { return {at<const void>(a.first), a.second}; }
 
 inline void bind_interpolate_call(py::module_& m) {
   py::class_<Interpolate>(m, "Interpolate", py::module_local())
@@ -86,39 +73,6 @@ inline Samples samples(const SamplesArgument& a) {
   return {at<const void>(std::get<0>(a)), std::get<1>(a), static_cast<DType>(std::get<2>(a))};
 }
 
-// run(call, target): the target is a number of threads, or a device and stream. Returns the first row of the batch
-// whose step is not a row of the table, or -1.
-template <class Target, class Run>
-void def_denoise_step(py::module_& m, Run run) {
-  m.def("denoise_step", [run](int64_t batch, int64_t length, int dtype, int model_dtype, RowsArgument sample,
-                              RowsArgument model, RowsArgument cond, RowsArgument noise, RowsArgument known,
-                              std::tuple<Pointer, bool, int64_t, int64_t> mask,
-                              std::tuple<Pointer, int64_t, int64_t> table, const NumberArgument& step,
-                              std::tuple<double, Pointer, int64_t> guidance, const NumberArgument& seed,
-                              bool keys_per_row, Pointer state, RowsArgument out, const Target& target) {
-    const Denoise p{
-        batch,
-        length,
-        static_cast<DType>(dtype),
-        static_cast<DType>(model_dtype),
-        rows_in(sample),
-        rows_in(model),
-        rows_in(cond),
-        rows_in(noise),
-        rows_in(known),
-        {at<const void>(std::get<0>(mask)), std::get<1>(mask), std::get<2>(mask), std::get<3>(mask)},
-        {at<const double>(std::get<0>(table)), std::get<1>(table), std::get<2>(table)},
-        key_part(step),
-        {static_cast<float>(std::get<0>(guidance)), at<const float>(std::get<1>(guidance)), std::get<2>(guidance)},
-        key_part(seed),
-        keys_per_row,
-        at<void>(state),
-        {at<void>(out.first), out.second},
-        0};
-    return run(p, target);
-  });
-}
-
 // Per token where there are three dims: [pages, slots, Hkv]; else [B, Hkv].
 inline Scales scales(const Array& x) {
   if (!x) return {};
@@ -126,7 +80,7 @@ inline Scales scales(const Array& x) {
   return {x.as<float>(), x.stride(0), per_token ? x.stride(1) : 0, x.stride(-1), per_token};
 }
 
-// As def_denoise_step.
+// As def_rng_fill.
 template <class Target, class Run>
 void def_kvcache_append(py::module_& m, Run run) {
   m.def("kvcache_append", [run](const Array& k, const Array& v, const Array& k_cache, const Array& v_cache,
@@ -170,7 +124,7 @@ inline Merge merge(const Array& outs, const Array& lses, const Array& sinks) {
           0};
 }
 
-// As def_denoise_step.
+// As def_rng_fill.
 template <class Target, class Forward, class Backward>
 void def_merge_attention(py::module_& m, Forward forward, Backward backward) {
   m.def("merge_attention", [forward](const Array& outs, const Array& lses, const Array& sinks, const Array& out,
@@ -291,8 +245,6 @@ inline void bind_calls(py::module_& m) {
   m.def("cache_fits", cache_fits);
   m.attr("INTERPOLATE_TILE") = INTERPOLATE_TILE;
   m.attr("PAIR_SUMS") = sizeof(PairSums) / sizeof(double);
-  m.attr("DENOISE_COLUMNS") = static_cast<int>(COL_HISTORY);
-  m.attr("MAX_HISTORY") = MAX_HISTORY;
   bind_attention_call(m);
   bind_interpolate_call(m);
   bind_composite_call(m);

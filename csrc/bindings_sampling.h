@@ -5,7 +5,10 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <string>
+#include <tuple>
 
+#include "onepass/denoise.h"
 #include "onepass/gumbel.h"
 #include "onepass/latent.h"
 #include "onepass/reparam.h"
@@ -62,15 +65,6 @@ inline int64_t row_length(const Array& x) {
   return length;
 }
 
-// Whether the elements of each row lie in one piece: a chunk of a larger tensor does.
-inline bool in_rows(const Array& x) {
-  int64_t step = 1;
-  for (int dim = x ? x.dims() - 1 : 0; dim > 0; --dim) {
-    if (x.size(dim) != 1 && x.stride(dim) != step) return false;
-    step *= x.size(dim);
-  }
-  return true;
-}
 inline RowsIn rows_in(const Array& x) { return {x.as<const void>(), x && x.dims() ? x.stride(0) : 0}; }
 
 // run(distribution, keys, rows, length, dtype, out, target): the target is a number of threads, or a device and stream.
@@ -89,7 +83,7 @@ inline Misfits describe(const Array& mean, const Array& logvar, const Array& noi
   p = {rows_of(mean), row_length(mean),        mean.dtype(),
        rows_in(mean), rows_in(logvar),         rows_in(noise),
        key.keys(),    key.per_row() && !noise, 0};
-  return misfit(in_rows(mean), 0) | misfit(in_rows(logvar), 1) | misfit(in_rows(noise), 2);
+  return misfit(mean.in_rows(), 0) | misfit(logvar.in_rows(), 1) | misfit(noise.in_rows(), 2);
 }
 
 // As def_rng_fill; `tile` elements of a row have a partial sum of their own.
@@ -110,8 +104,8 @@ void def_reparam(py::module_& m, int64_t tile, Forward forward, Backward backwar
             const Array& grad_kl, const Array& grad_mean, const Array& grad_logvar, const Array& grad_noise,
             const Target& target) -> Misfits {
           Reparam p;
-          const Misfits odd = describe(mean, logvar, noise, key, p) | misfit(in_rows(grad_z), 4) |
-                              misfit(!grad_kl || grad_kl.contiguous(), 5);
+          const Misfits odd =
+              describe(mean, logvar, noise, key, p) | misfit(grad_z.in_rows(), 4) | misfit(grad_kl.contiguous(), 5);
           if (!odd)
             backward(p, rows_in(grad_z), grad_kl.as<const float>(), grad_mean.as<void>(), grad_logvar.as<void>(),
                      grad_noise.as<void>(), target);
@@ -182,13 +176,6 @@ class Operands {
   int64_t run_;
 };
 
-template <class T = void>
-T* data_of(const Array& x) {  // null where there are no elements
-  for (int dim = 0; x && dim < x.dims(); ++dim)
-    if (x.size(dim) == 0) return nullptr;
-  return x.as<T>();
-}
-
 // (low, high, samples, antithetic, terms, beta, free_bits); samples 0: no dim of samples
 using LatentOptions = std::tuple<float, float, int64_t, bool, int, float, float>;
 
@@ -256,8 +243,8 @@ void def_latent(py::module_& m, Forward forward, Backward backward) {
           const int64_t tiles = p.rows * ((p.length() + LATENT_TILE - 1) / LATENT_TILE);
           const Scratch partial(sums * tiles * static_cast<int64_t>(sizeof(double)), mean);
           forward(p,
-                  LatentOut{z.as<void>(), data_of<float>(first), data_of<float>(second),
-                            static_cast<double*>(partial.data())},
+                  LatentOut{z.as<void>(), first.empty() ? nullptr : first.as<float>(),
+                            second.empty() ? nullptr : second.as<float>(), static_cast<double*>(partial.data())},
                   target);
           return 0;
         });
@@ -280,8 +267,7 @@ void def_latent(py::module_& m, Forward forward, Backward backward) {
           out.noise = to_noise.as<void>();
           const Misfits odd = call.describe(mean, logvar, noise, key, prior_mean, prior_logvar) |
                               misfit(call.operands.locate(grad_z, call.drawn, in.z), 8) |
-                              misfit(!grad_first || grad_first.contiguous(), 9) |
-                              misfit(!grad_second || grad_second.contiguous(), 10);
+                              misfit(grad_first.contiguous(), 9) | misfit(grad_second.contiguous(), 10);
           if (odd) return odd;
           call.operands.locate(to_mean, call.mean, out.mean);
           call.operands.locate(logvar ? to_logvar : to_mean, call.logvar, out.logvar);
@@ -303,6 +289,46 @@ void def_gumbel_softmax(py::module_& m, Run run) {
                       0},
         logits, target);
   });
+}
+
+// As def_rng_fill; run(call, target) returns the first row whose step is not in the table, or -1. The mask is given
+// with the elements from row to row and its period.
+template <class Target, class Run>
+void def_denoise_step(py::module_& m, Run run) {
+  m.def("denoise_step",
+        [run](const Array& sample, const Array& model, const Array& cond, const Array& noise, const Array& known,
+              const Array& mask, int64_t mask_step, int64_t period, const Array& table, int64_t step,
+              const Array& steps, float guidance, const Array& guidances, int64_t seed, const Array& seeds,
+              const Array& state, const Array& out, const Target& target) -> Misfits {
+          const Misfits odd = misfit(sample.in_rows(), 0) | misfit(model.in_rows(), 1) | misfit(cond.in_rows(), 2) |
+                              misfit(noise.in_rows(), 3) | misfit(known.in_rows(), 4) | misfit(table.contiguous(), 8);
+          if (odd) return odd;
+          const Denoise p{
+              rows_of(sample),
+              row_length(sample),
+              sample.dtype(),
+              model.dtype(),
+              rows_in(sample),
+              rows_in(model),
+              rows_in(cond),
+              rows_in(noise),
+              rows_in(known),
+              {mask.as<const void>(), mask && !mask.is_bool(), mask_step, period},
+              {table.as<const double>(), table.size(0), table.size(1) - COL_HISTORY},
+              key_part(step, steps),
+              {guidance, guidances.as<const float>(), guidances && guidances.dims() ? guidances.stride(0) : 0},
+              key_part(seed, seeds),
+              seeds && seeds.dims() > 0,
+              state.as<void>(),
+              {out.as<void>(), out.stride(0)},
+              0};
+          const int64_t bad = run(p, target);
+          if (bad >= 0)
+            throw py::value_error("step of row " + std::to_string(bad) + " is " +
+                                  std::to_string(static_cast<int64_t>(p.step.at(bad))) + ", expected 0 .. " +
+                                  std::to_string(p.table.rows - 1) + ", a row of the plan");
+          return 0;
+        });
 }
 
 }  // namespace onepass::bindings

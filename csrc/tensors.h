@@ -54,7 +54,7 @@ constexpr int32_t CPU = 1;
 // What of torch is asked; set when the module is loaded.
 struct Torch {
   const dlpack::Functions* functions = nullptr;
-  PyTypeObject *tensor = nullptr, *parameter = nullptr;
+  PyTypeObject *tensor = nullptr, *parameter = nullptr, *dtype = nullptr, *device = nullptr;
 
   static Torch& get() {
     static Torch one;
@@ -67,6 +67,8 @@ struct Torch {
     const py::object type = torch.attr("Tensor");
     tensor = reinterpret_cast<PyTypeObject*>(type.ptr());
     parameter = reinterpret_cast<PyTypeObject*>(torch.attr("nn").attr("Parameter").ptr());
+    dtype = reinterpret_cast<PyTypeObject*>(torch.attr("dtype").ptr());
+    device = reinterpret_cast<PyTypeObject*>(torch.attr("device").ptr());
     functions = nullptr;
     if (!fast || !py::hasattr(type, "__dlpack_c_exchange_api__")) return;
     const py::object table = type.attr("__dlpack_c_exchange_api__");
@@ -98,14 +100,15 @@ class Array {
 
   bool on_host() const { return seen_.device_type == dlpack::CPU; }
 
-  bool contiguous() const {
-    int64_t step = 1;
-    for (int dim = dims() - 1; dim >= 0; --dim) {
-      if (size(dim) != 1 && stride(dim) != step) return false;
-      step *= size(dim);
-    }
-    return true;
+  bool empty() const {
+    for (int dim = 0; dim < dims(); ++dim)
+      if (size(dim) == 0) return true;
+    return false;
   }
+
+  bool contiguous() const { return contiguous_from(0); }
+  // Whether the elements of each row of dim 0 lie in one piece: a chunk of a larger tensor has such rows.
+  bool in_rows() const { return contiguous_from(1); }
 
   bool is_bool() const { return seen_.kind == dlpack::BOOL; }
 
@@ -130,6 +133,15 @@ class Array {
   }
 
  private:
+  bool contiguous_from(int first) const {
+    int64_t step = 1;
+    for (int dim = dims() - 1; dim >= first; --dim) {
+      if (size(dim) != 1 && stride(dim) != step) return empty();
+      step *= size(dim);
+    }
+    return true;
+  }
+
   void read_attributes() {
     const py::handle x(object_);
     const auto shape = py::tuple(x.attr("shape")), strides = py::tuple(x.attr("stride")());
@@ -200,8 +212,8 @@ class Scratch {
 };
 
 // What a call's checks and its choice of a backend may depend on, as bytes: of tensors dtype, device, shape and
-// strides, of plain Python values all. `add` is false where that does not say it all: a tensor that is no plain one or
-// requires a gradient (where gradients are on), any other object.
+// strides, of plain Python values, dtypes and devices all. `add` is false where that does not say it all: a tensor that
+// is no plain one or requires a gradient (where gradients are on), any other object.
 class Signature {
  public:
   explicit Signature(bool gradients) : gradients_(gradients) {}
@@ -221,6 +233,9 @@ class Signature {
       const char* text = PyUnicode_AsUTF8AndSize(x, &length);
       return text && put('s') && put(length) && append(text, static_cast<size_t>(length));
     }
+    const Torch& torch = Torch::get();
+    if (Py_TYPE(x) == torch.dtype) return put('y') && put(x);                  // there is one object of each
+    if (Py_TYPE(x) == torch.device) return put('p') && put(PyObject_Hash(x));  // which says type and index
     if (!PyTuple_CheckExact(x)) return false;
     const Py_ssize_t count = PyTuple_GET_SIZE(x);
     if (!(put('(') && put(count))) return false;

@@ -6,8 +6,6 @@ from torch import Tensor
 
 _Key = tuple[int, Tensor | None, int, Tensor | None, int, Tensor | None]    # seed, stream, offset: number or tensor
 _LatentOptions = tuple[float, float, int, bool, int, float, float]      # clamp, samples, antithetic, terms, beta, bits
-_Number = tuple[int, int, int]  # number, pointer to int64 values, step from row to row
-_Rows = tuple[int, int]         # pointer, elements from one row to the next
 
 isa: str
 compiler: str
@@ -16,8 +14,6 @@ usable_isas: list[str]
 has_cuda: bool
 INTERPOLATE_TILE: int
 PAIR_SUMS: int
-DENOISE_COLUMNS: int
-MAX_HISTORY: int
 
 def signature(gradients: bool, /, *arguments: Any) -> bytes | None: ...
 def read_by_attributes(on: bool, /) -> None: ...
@@ -62,9 +58,9 @@ def interpolate_backward(
 ) -> None: ...
 
 def denoise_step(
-    batch: int, length: int, dtype: int, model_dtype: int, sample: _Rows, model: _Rows, cond: _Rows, noise: _Rows,
-    known: _Rows, mask: tuple[int, bool, int, int], table: tuple[int, int, int], step: _Number,
-    guidance: tuple[float, int, int], seed: _Number, keys_per_row: bool, state: int, out: _Rows, num_threads: int, /,
+    sample: Tensor, model: Tensor, cond: Tensor | None, noise: Tensor | None, known: Tensor | None, mask: Tensor | None,
+    mask_step: int, period: int, table: Tensor, step: int, steps: Tensor | None, guidance: float,
+    guidances: Tensor | None, seed: int, seeds: Tensor | None, state: Tensor | None, out: Tensor, num_threads: int, /,
 ) -> int: ...
 
 class Attention:

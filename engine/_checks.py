@@ -96,6 +96,16 @@ def random_key(name: str, value: int | Tensor, rows: int, device: torch.device) 
     return value, None
 
 
+def random_keys(
+    seed: int | Tensor, stream: int | Tensor, offset: int | Tensor, rows: int, device: torch.device
+) -> tuple[int, Tensor | None, int, Tensor | None, int, Tensor | None]:
+    """A key as core ops take it."""
+    return (
+        *random_key("seed", seed, rows, device), *random_key("stream", stream, rows, device),
+        *random_key("offset", offset, rows, device),
+    )
+
+
 def fresh_seed(device: torch.device) -> Tensor:
     """A seed from torch's default generator, drawn on the device: nothing waits for it."""
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)

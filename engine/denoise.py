@@ -1,12 +1,14 @@
 """One denoising step, fused: guidance, solver, clamp, noise, history and inpainting in a single pass."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import _checks as check
 from . import registry
-from ._ops import call
+from ._ops import keep, recall, route, signature
 from .plans import DenoisePlan
 from .reference.denoise import STREAM_TAG
 from .reference.denoise import denoise_step as _reference
@@ -39,6 +41,41 @@ def denoise_step(
     Raises ValueError or TypeError where shapes, dtypes or devices differ, where step is not a row of the plan, and
     where of state, guidance, mask and known one is missing that the others or the plan need; nothing is written then.
     """
+    given = None
+    if type(plan) is DenoisePlan:
+        given = signature(
+            "denoise_step", sample, model_output, plan.table, plan.slots, plan.stochastic, _kind(step), state,
+            _kind(guidance), _kind(seed), noise, mask, known, out, backend,
+        )
+    if (run := recall(given)) is None:
+        _check(sample, model_output, plan, state, guidance, seed, noise, mask, known, out)
+    m, cond = _outputs(sample, model_output)
+    args = (
+        sample, m, cond, plan.table, *_step(step, plan, sample), state, *_guidance(guidance),
+        *_seed(seed, noise, plan, sample), plan.stochastic, mask, known,
+    )
+    if run is None:
+        if _differentiates(sample, m, cond, state, guidance, noise, mask, known):
+            if not torch.compiler.is_compiling():
+                registry.choose("denoise_step", args, backend)          # raises where a kernel was asked for
+            elif backend not in (None, "reference"):
+                raise ValueError(f"denoise_step: backend={backend!r} cannot take this call: it has no gradient")
+            result = _reference(*args)
+            return result if out is None else out.copy_(result)
+        run = route("denoise_step", args, backend)
+        keep(given, run)
+    return run(*args) if out is None else run(*args, out=out)
+
+
+def _kind(x: object) -> object:
+    """What a signature holds of a number that differs from call to call: its type."""
+    return type(x).__name__ if type(x) in (int, float) else x
+
+
+def _check(
+    sample: Tensor, model_output: object, plan: DenoisePlan, state: Tensor | None, guidance: float | Tensor | None,
+    seed: int | Tensor | None, noise: Tensor | None, mask: Tensor | None, known: Tensor | None, out: Tensor | None,
+) -> None:
     check.is_float_tensor("sample", sample)
     if not sample.dim():
         raise ValueError("sample has shape (), expected [B, ...]")
@@ -47,24 +84,28 @@ def denoise_step(
     if plan.table.device != sample.device:
         raise ValueError(f"plan is on {plan.table.device}, expected the device of sample, {sample.device}: "
                          f"plan.to({str(sample.device)!r})")
-    m, cond = _outputs(sample, model_output, guidance)
-    args = (
-        sample, m, cond, plan.table, *_step(step, plan, sample), _state(state, plan, sample),
-        *_guidance(guidance, sample), *_seed(seed, noise, plan, sample), plan.stochastic, *_known(mask, known, sample),
-    )
+    _check_outputs(sample, model_output, guidance)
+    _check_state(state, plan, sample)
+    _check_guidance(guidance, sample)
+    if noise is not None:
+        check.is_like("noise", noise, "sample", sample)
+        if seed is not None:
+            raise ValueError("noise and seed are both given: expected at most one of them")
+    _check_known(mask, known, sample)
     check.is_out(out, sample.shape, sample.dtype, sample.device)
-    if _differentiates(sample, m, cond, state, guidance, noise, mask, known):
-        if not torch.compiler.is_compiling():
-            registry.choose("denoise_step", args, backend)          # raises where a kernel was asked for
-        elif backend not in (None, "reference"):
-            raise ValueError(f"denoise_step: backend={backend!r} cannot take this call: it has no gradient")
-        result = _reference(*args)
-        return result if out is None else out.copy_(result)
-    return call("denoise_step", *args, backend=backend, out=out)
 
 
-def _outputs(sample: Tensor, model_output: object, guidance: object) -> tuple[Tensor, Tensor | None]:
-    """The model's output and None, or the unconditional and the conditional one."""
+def _outputs(sample: Tensor, model_output: Any) -> tuple[Tensor, Tensor | None]:
+    """The model's output and None, or the unconditional and the conditional one, which may be stacked."""
+    if isinstance(model_output, (tuple, list)):
+        return model_output[0], model_output[1]
+    if model_output.shape[0] == sample.shape[0]:
+        return model_output, None
+    uncond, cond = model_output.chunk(2)
+    return uncond, cond
+
+
+def _check_outputs(sample: Tensor, model_output: object, guidance: object) -> None:
     if isinstance(model_output, (tuple, list)):
         if len(model_output) != 2:
             raise ValueError(f"model_output has {len(model_output)} parts, expected (uncond, cond)")
@@ -87,13 +128,11 @@ def _outputs(sample: Tensor, model_output: object, guidance: object) -> tuple[Te
         if guidance is not None:
             raise ValueError(f"guidance is given with one model_output of shape {tuple(parts[0].shape)}: expected "
                              "a pair (uncond, cond), or both stacked")
-        return parts[0], None
-    if guidance is None:
+    elif guidance is None:
         raise ValueError("model_output is a pair, expected a guidance with it")
-    if parts[0].dtype != parts[1].dtype:
+    elif parts[0].dtype != parts[1].dtype:
         raise TypeError(f"model_output[1] has dtype {parts[1].dtype}, expected that of model_output[0], "
                         f"{parts[0].dtype}")
-    return parts
 
 
 def _step(step: int | Tensor, plan: DenoisePlan, sample: Tensor) -> tuple[int, Tensor | None]:
@@ -109,11 +148,11 @@ def _step(step: int | Tensor, plan: DenoisePlan, sample: Tensor) -> tuple[int, T
     return number, steps
 
 
-def _state(state: Tensor | None, plan: DenoisePlan, sample: Tensor) -> Tensor | None:
+def _check_state(state: Tensor | None, plan: DenoisePlan, sample: Tensor) -> None:
     if plan.slots == 0:
         if state is not None:
             raise ValueError("state is given, expected None: the plan keeps no history")
-        return None
+        return
     expected = (sample.shape[0], plan.slots, *sample.shape[1:])
     if state is None:
         raise ValueError(f"state is None, expected plan.new_state(sample), of shape {expected}")
@@ -127,41 +166,40 @@ def _state(state: Tensor | None, plan: DenoisePlan, sample: Tensor) -> Tensor | 
         raise ValueError(f"state is on {state.device}, expected the device of sample, {sample.device}")
     if not state.is_contiguous():
         raise ValueError(f"state has strides {state.stride()}, expected a contiguous tensor")
-    return state
 
 
-def _guidance(guidance: float | Tensor | None, sample: Tensor) -> tuple[float, Tensor | None]:
+def _check_guidance(guidance: object, sample: Tensor) -> None:
     if guidance is None:
-        return 1.0, None
+        return
     if not isinstance(guidance, Tensor):
         if isinstance(guidance, bool) or not isinstance(guidance, (int, float)):
             raise TypeError(f"guidance is {type(guidance).__name__}, expected a number or a float tensor")
-        return float(guidance), None
+        return
     check.is_float_tensor("guidance", guidance)
     if tuple(guidance.shape) not in ((), (sample.shape[0],)):
         raise ValueError(f"guidance has shape {tuple(guidance.shape)}, expected () or ({sample.shape[0]},)")
     if guidance.device != sample.device:
         raise ValueError(f"guidance is on {guidance.device}, expected the device of sample, {sample.device}")
-    return 1.0, guidance
+
+
+def _guidance(guidance: float | Tensor | None) -> tuple[float, Tensor | None]:
+    if isinstance(guidance, Tensor):
+        return 1.0, guidance
+    return 1.0 if guidance is None else float(guidance), None
 
 
 def _seed(
     seed: int | Tensor | None, noise: Tensor | None, plan: DenoisePlan, sample: Tensor
 ) -> tuple[int, Tensor | None, Tensor | None]:
-    if noise is not None:
-        check.is_like("noise", noise, "sample", sample)
-        if seed is not None:
-            raise ValueError("noise and seed are both given: expected at most one of them")
+    if noise is not None or (seed is None and not plan.stochastic):
         return 0, None, noise
-    if seed is None and not plan.stochastic:
-        return 0, None, None
     fresh = check.fresh_seed(sample.device) if seed is None else seed
     return *check.random_key("seed", fresh, sample.shape[0], sample.device), None
 
 
-def _known(mask: Tensor | None, known: Tensor | None, sample: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _check_known(mask: Tensor | None, known: Tensor | None, sample: Tensor) -> None:
     if mask is None and known is None:
-        return None, None
+        return
     if mask is None or known is None:
         raise ValueError(f"{'mask' if mask is None else 'known'} is None, expected mask and known together")
     check.is_like("known", known, "sample", sample)
@@ -175,7 +213,6 @@ def _known(mask: Tensor | None, known: Tensor | None, sample: Tensor) -> tuple[T
                          f"{tuple(sample.shape)}")
     if mask.device != sample.device:
         raise ValueError(f"mask is on {mask.device}, expected the device of sample, {sample.device}")
-    return mask, known
 
 
 def _differentiates(*xs: object) -> bool:

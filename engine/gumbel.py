@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _checks as check
 from ._ops import call
-from .rng import Source, keyed
+from .rng import Source, key_of
 
 STREAM_TAG = 6      # bits 56 to 63 of the stream: the noise is rng.gumbel(..., stream=(STREAM_TAG << 56) + stream)
 
@@ -40,9 +40,7 @@ def gumbel_softmax(
     check.is_out(out, logits.shape, logits.dtype, logits.device)
     moved = logits.movedim(dim, -1)
     rows = moved.shape[0] if moved.dim() > 1 else 1
-    seed, stream = keyed(generator, seed, stream, rows, logits.device)
-    parts = (("seed", seed), ("stream", check.tagged_stream(STREAM_TAG, stream)), ("offset", offset))
-    key = [part for name, value in parts for part in check.random_key(name, value, rows, logits.device)]
+    key = key_of(generator, seed, stream, offset, rows, logits.device, STREAM_TAG)
     if moved.dim() == 1:                    # a row of its own, so that keys [1] are a row's
         moved = moved[None]
         result = call("gumbel_softmax", moved, *key, float(tau), hard, backend=backend)[0]

@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from . import _checks as check
-from ._ops import call, keep, recall, route, signature
-from .rng import Source, keyed
+from ._ops import keep, recall, route, signature
+from .rng import Source, key_of
 
 STREAM_TAG = 1      # bits 56 to 63 of the stream: the noise is rng.normal(..., stream=(STREAM_TAG << 56) + stream)
 
@@ -59,49 +59,57 @@ def _count(samples: int | None, antithetic: bool) -> int:
     return samples
 
 
-def _prior(
-    prior_mean: Tensor | None, prior_logvar: Tensor | None, mean: Tensor, shape: list[Any]
-) -> tuple[Tensor | None, Tensor | None]:
+def _is_prior(prior_mean: Tensor | None, prior_logvar: Tensor | None, mean: Tensor, shape: list[Any]) -> None:
     if (prior_mean is None) != (prior_logvar is None):
         raise ValueError("prior_mean and prior_logvar: expected both or neither")
-    if prior_mean is None or prior_logvar is None:
-        return None, None
     for name, x in (("prior_mean", prior_mean), ("prior_logvar", prior_logvar)):
+        if x is None:
+            continue
         check.is_float_tensor(name, x)
         if x.dtype != mean.dtype or x.device != mean.device:
             raise TypeError(f"{name} is {x.dtype} on {x.device}, expected {mean.dtype} on {mean.device} as mean")
         sizes = zip(reversed(x.shape), reversed(shape), strict=False)
         if x.dim() > len(shape) or any(a not in (1, b) for a, b in sizes):
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected one that broadcasts to {tuple(shape)}")
-    return prior_mean.expand(shape), prior_logvar.expand(shape)
 
 
-def _noise_and_key(
-    mean: Tensor, shape: list[Any], noise: Tensor | None, drawn: list[Any], seed: int | Tensor | None,
-    stream: int | Tensor, offset: int | Tensor, generator: Source,
-) -> tuple[Any, ...]:
+def _is_noise(
+    noise: Tensor, mean: Tensor, drawn: list[Any], seed: int | Tensor | None, generator: Source
+) -> None:
+    check.is_float_tensor("noise", noise)
+    if list(noise.shape) != drawn:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {tuple(drawn)}")
+    if noise.dtype != mean.dtype or noise.device != mean.device:
+        raise TypeError(f"noise is {noise.dtype} on {noise.device}, expected {mean.dtype} on {mean.device} as mean")
+    for name, other in (("seed", seed), ("generator", generator)):
+        if other is not None:
+            raise ValueError(f"noise and {name} are both given: expected at most one of them")
+
+
+class _Plan(NamedTuple):
+    """What a call's checks found."""
+
+    shape: list[Any]
+    options: tuple[Any, ...] | None             # of latent_sample; None: `reparameterize`, which has none
+
+
+def _checked(
+    mean: Tensor, logvar: Tensor | None, chunk_dim: int | None, clamp: Any, samples: int | None, antithetic: bool,
+    prior_mean: Tensor | None, prior_logvar: Tensor | None, terms: str, beta: float, free_bits: float,
+    seed: int | Tensor | None, generator: Source, noise: Tensor | None, out: Tensor | None,
+) -> _Plan:
+    shape, dim = _halves(mean, logvar, chunk_dim)
+    low, high = _bounds(clamp)
+    count = _count(samples, antithetic)
+    _is_prior(prior_mean, prior_logvar, mean, shape)
     if noise is not None:
-        check.is_float_tensor("noise", noise)
-        if list(noise.shape) != drawn:
-            raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {tuple(drawn)}")
-        if noise.dtype != mean.dtype or noise.device != mean.device:
-            raise TypeError(f"noise is {noise.dtype} on {noise.device}, expected {mean.dtype} on {mean.device} as mean")
-        for name, other in (("seed", seed), ("generator", generator)):
-            if other is not None:
-                raise ValueError(f"noise and {name} are both given: expected at most one of them")
-        return noise, *_NO_KEY
-    return None, *_key(mean, shape[0] if shape else 1, seed, stream, offset, generator)
-
-
-def _key(
-    mean: Tensor, rows: int, seed: int | Tensor | None, stream: int | Tensor, offset: int | Tensor, generator: Source
-) -> tuple[Any, ...]:
-    seed, stream = keyed(generator, seed, stream, rows, mean.device)
-    return (
-        *check.random_key("seed", seed, rows, mean.device),
-        *check.random_key("stream", check.tagged_stream(STREAM_TAG, stream), rows, mean.device),
-        *check.random_key("offset", offset, rows, mean.device),
-    )
+        _is_noise(noise, mean, [count // 2 if antithetic else count, *shape] if count else shape, seed, generator)
+    check.is_out(out, [count, *shape] if count else shape, mean.dtype, mean.device)
+    options = dim, low, high, count, antithetic
+    plain = logvar is not None and prior_mean is None and options == _NO_OPTIONS
+    if plain and terms in ("none", "row") and beta == 1.0 and free_bits == -math.inf:
+        return _Plan(shape, None)
+    return _Plan(shape, (*options, terms, beta, free_bits))
 
 
 def _sample(
@@ -116,31 +124,25 @@ def _sample(
         noise, out, backend, noise is None or (seed is None and generator is None),
         *(x if isinstance(x, Tensor) else None for x in (seed, stream, offset)),
     )
-    if (run := recall(given)) is not None:
-        numbers = _NO_KEY
-        if noise is None:
-            numbers = _key(mean, mean.shape[0] if mean.dim() else 1, seed, stream, offset, generator)
-        args = (mean, logvar, noise, *numbers, terms == "row")
-        return run(*args) if out is None else run(*args, out=(out, None))
-    shape, dim = _halves(mean, logvar, chunk_dim)
-    low, high = _bounds(clamp)
-    count = _count(samples, antithetic)
-    prior = _prior(prior_mean, prior_logvar, mean, shape)
-    drawn = [count // 2 if antithetic else count, *shape] if count else shape
-    noise, *key = _noise_and_key(mean, shape, noise, drawn, seed, stream, offset, generator)
-    sampled = [count, *shape] if count else shape
-    check.is_out(out, sampled, mean.dtype, mean.device)
-    options = dim, low, high, count, antithetic
-    plain = logvar is not None and prior_mean is None and options == _NO_OPTIONS
-    if plain and terms in ("none", "row") and beta == 1.0 and free_bits == -math.inf:
-        args = (mean, logvar, noise, *key, terms == "row")
-        run = route("reparameterize", args, backend)
-        keep(given, run)
-        return run(*args) if out is None else run(*args, out=(out, None))
-    return call(
-        "latent_sample", mean, logvar, noise, *key, *prior, *options, terms, beta, free_bits, backend=backend,
-        out=None if out is None else (out, None, None),
-    )
+    known = recall(given)
+    run, plan = known or (None, _checked(
+        mean, logvar, chunk_dim, clamp, samples, antithetic, prior_mean, prior_logvar, terms, beta, free_bits, seed,
+        generator, noise, out,
+    ))
+    shape, options = plan
+    key = _NO_KEY
+    if noise is None:
+        rows = shape[0] if shape else 1
+        key = key_of(generator, seed, stream, offset, rows, mean.device, STREAM_TAG)
+    args: tuple[Any, ...] = (mean, logvar, noise, *key)
+    if options is None:
+        args += (terms == "row",)
+    else:
+        args += (*(None if x is None else x.expand(shape) for x in (prior_mean, prior_logvar)), *options)
+    if run is None:
+        run = route("reparameterize" if options is None else "latent_sample", args, backend)
+        keep(given, (run, plan))
+    return run(*args) if out is None else run(*args, out=(out, None) if options is None else (out, None, None))
 
 
 def reparameterize(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import _checks as check
 from ._generator import Generator
-from ._ops import call
+from ._ops import keep, recall, route, signature
 from ._torch_cuda import torch_cuda_normal, torch_cuda_offset_after, torch_cuda_uniform
 
 Source = Generator | torch.Generator | Sequence[Generator | torch.Generator] | None
@@ -64,6 +64,18 @@ def keyed(
     return seeds, stream + torch.tensor([first for _, first in pairs], dtype=torch.int64, device=device)
 
 
+def key_of(
+    generator: Source, seed: int | Tensor | None, stream: int | Tensor, offset: int | Tensor, rows: int,
+    device: torch.device, tag: int | None = None,
+) -> tuple[int, Tensor | None, int, Tensor | None, int, Tensor | None]:
+    """A call's key as core ops take it; `tag` names an op in the bits of the stream that are its own."""
+    if generator is None and type(seed) is int and type(stream) is int and type(offset) is int and (
+            0 <= seed < 2**63 and 0 <= stream < 2**56 and 0 <= offset < 2**63):        # what most calls have
+        return seed, None, stream if tag is None else (tag << 56) + stream, None, offset, None
+    seed, stream = keyed(generator, seed, stream, rows, device)
+    return check.random_keys(seed, stream if tag is None else check.tagged_stream(tag, stream), offset, rows, device)
+
+
 def _signed(seed: int, device: torch.device) -> Tensor:
     return torch.tensor((seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
 
@@ -80,25 +92,33 @@ def _fill(
     out: Tensor | None,
     backend: str | None,
 ) -> Tensor:
-    sizes = [shape] if isinstance(shape, int) else list(shape)
-    for size in sizes:
-        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)) or size < 0:
-            raise ValueError(f"shape={tuple(sizes)}: expected sizes >= 0")
     if device is None:
         own = generator.seed if isinstance(generator, Generator) else None
         given = [x for x in (seed, stream, offset, out, own) if isinstance(x, Tensor)]
         place = given[0].device if given else torch.empty(0).device     # Dynamo refuses get_default_device
     else:
         place = torch.device(device)
+    plain = generator is None and type(stream) is type(offset) is int and (seed is None or type(seed) is int)
+    known = signature(
+        "rng_fill", distribution, tuple(shape) if type(shape) is list else shape, dtype or torch.get_default_dtype(),
+        place, out, backend, seed is None,
+    ) if plain else None
+    if (found := recall(known)) is not None:
+        run, sizes, kind = found
+        args = sizes, distribution, *key_of(None, seed, stream, offset, 1, place), kind, place
+        return run(*args) if out is None else run(*args, out=out)
+    sizes = [shape] if isinstance(shape, int) else list(shape)
+    for size in sizes:
+        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)) or size < 0:
+            raise ValueError(f"shape={tuple(sizes)}: expected sizes >= 0")
     kind = dtype or (out.dtype if isinstance(out, Tensor) else torch.get_default_dtype())
     if kind not in check.FLOATS and distribution != "bits":
         raise TypeError(f"dtype={kind}: expected float32, bfloat16, float16 or float64")
     check.is_out(out, sizes, kind, place)
-    rows = sizes[0] if sizes else 1
-    seed, stream = keyed(generator, seed, stream, rows, place)
-    parts = (("seed", seed), ("stream", stream), ("offset", offset))
-    key = [part for name, value in parts for part in check.random_key(name, value, rows, place)]
-    return call("rng_fill", sizes, distribution, *key, kind, place, backend=backend, out=out)
+    args = sizes, distribution, *key_of(generator, seed, stream, offset, sizes[0] if sizes else 1, place), kind, place
+    run = route("rng_fill", args, backend)
+    keep(known, (run, sizes, kind))
+    return run(*args) if out is None else run(*args, out=out)
 
 
 def bits(

@@ -28,13 +28,6 @@ def pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def key_part(value: int, values: Tensor | None) -> tuple[int, int, int]:
-    """One part of a random key as (number, pointer, step from row to row)."""
-    if values is None:
-        return value, 0, 0
-    return 0, values.data_ptr(), values.stride(0) if values.dim() else 0
-
-
 def row_length(x: Tensor) -> tuple[int, int]:
     """The rows of dim 0, and the elements of each; a scalar is one row."""
     rows = x.shape[0] if x.dim() else 1
@@ -129,7 +122,6 @@ __all__ = [
     "emulated",
     "error",
     "kernels",
-    "key_part",
     "layout_of",
     "mask_rows",
     "on_device",
