@@ -6,7 +6,7 @@ import math
 from torch import Tensor
 
 from . import _checks as check
-from ._ops import call
+from ._ops import keep, recall, route, signature
 from .rng import Source, key_of
 
 STREAM_TAG = 6      # bits 56 to 63 of the stream: the noise is rng.gumbel(..., stream=(STREAM_TAG << 56) + stream)
@@ -32,20 +32,25 @@ def gumbel_softmax(
     bits it has alone. Forward keeps nothing but logits and the key: backward draws the noise again.
     Raises ValueError or TypeError that names the argument.
     """
-    check.is_float_tensor("logits", logits)
-    if not logits.dim() or not -logits.dim() <= dim < logits.dim():
-        raise ValueError(f"dim={dim}: expected a dim of logits, which has {logits.dim()}")
     if not (isinstance(tau, (int, float)) and tau > 0 and math.isfinite(tau)):
         raise ValueError(f"tau={tau!r}: expected a finite number above 0")
-    check.is_out(out, logits.shape, logits.dtype, logits.device)
+    given = signature(
+        "gumbel_softmax", logits, hard, dim, out, backend,
+        *(x if isinstance(x, Tensor) else None for x in (seed, stream, offset)),
+    )
+    if (run := recall(given)) is None:
+        check.is_float_tensor("logits", logits)
+        if not logits.dim() or not -logits.dim() <= dim < logits.dim():
+            raise ValueError(f"dim={dim}: expected a dim of logits, which has {logits.dim()}")
+        check.is_out(out, logits.shape, logits.dtype, logits.device)
     moved = logits.movedim(dim, -1)
-    rows = moved.shape[0] if moved.dim() > 1 else 1
+    rows = moved.shape[0] if moved.dim() > 1 else 1     # one dim: a row of its own, so that keys [1] are a row's
     key = key_of(generator, seed, stream, offset, rows, logits.device, STREAM_TAG)
-    if moved.dim() == 1:                    # a row of its own, so that keys [1] are a row's
-        moved = moved[None]
-        result = call("gumbel_softmax", moved, *key, float(tau), hard, backend=backend)[0]
-    else:
-        result = call("gumbel_softmax", moved, *key, float(tau), hard, backend=backend).movedim(-1, dim)
+    args = (moved if moved.dim() > 1 else moved[None], *key, float(tau), hard)
+    if run is None:
+        run = route("gumbel_softmax", args, backend)
+        keep(given, run)
+    result = run(*args).movedim(-1, dim) if moved.dim() > 1 else run(*args)[0]
     return result if out is None else out.copy_(result)
 
 

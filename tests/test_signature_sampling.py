@@ -1,0 +1,177 @@
+"""As test_signature.py, of the ops that draw: what a signature leaves out is looked at each time; what lies otherwise
+than a kernel reads is copied, and nothing else."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+import onepass
+from onepass import _native, _ops, plans
+
+from helpers import needs_native
+
+pytestmark = needs_native
+
+SHAPE = (4, 6, 5)
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    _ops.forget()
+    yield
+    _native._C.read_by_attributes(False)
+    _ops.forget()
+
+
+def inputs(count, shape=SHAPE):
+    torch.manual_seed(1)
+    return torch.randn(count, *shape)
+
+
+def every_call():
+    """Results of the ops with each kind of option."""
+    mean, logvar, prior_mean, prior_logvar = inputs(4)
+    moments, seeds = torch.cat((mean, logvar), 1), torch.arange(4)
+    prior = {"prior_mean": prior_mean[0].mT, "prior_logvar": prior_logvar[:, :1].mT}
+    yield from onepass.reparameterize_kl(mean, logvar, seed=1)
+    yield from onepass.reparameterize_kl(moments, seed=seeds, stream=2)
+    yield from onepass.reparameterize_kl(moments.movedim(1, 2), chunk_dim=-1, seed=1, clamp=(-1.0, None), **prior)
+    yield onepass.reparameterize(torch.cat((mean, logvar)), chunk_dim=0, seed=3)
+    yield onepass.reparameterize(mean, logvar, noise=prior_mean, clamp=(None, 0.5))
+    yield onepass.reparameterize(mean, logvar, samples=3, noise=inputs(3))
+    yield from onepass.reparameterize_log_weights(moments, samples=4, antithetic=True, seed=5)
+    yield onepass.reparameterize_kl(mean, logvar, beta=0.5, free_bits=0.1, reduction="none", seed=1)[1]
+    for shape in (6, (), (4, 3), [4, 3]):
+        yield onepass.rng.normal(shape, seed=7, stream=1, offset=2)
+    yield onepass.rng.uniform((4, 3), seed=seeds, dtype=torch.bfloat16)
+    yield onepass.rng.bits((5,), seed=7)
+    yield onepass.rng.gumbel((4, 3), seed=7, out=torch.empty(3, 4).T)
+    yield onepass.gumbel_softmax(mean, 0.5, seed=1)
+    yield onepass.gumbel_softmax(mean, 0.5, dim=0, hard=True, seed=1)
+    yield onepass.gumbel_softmax(mean[0, 0], seed=torch.tensor([3]))
+    ddim, ddpm, multistep = plans.ddim(8), plans.ddpm(8), plans.dpmpp_2m(8)
+    steps = torch.tensor([0, 3, 3, 7])
+    yield onepass.denoise_step(mean, logvar, ddim, 3)
+    yield onepass.denoise_step(mean, (logvar, prior_mean), ddim, steps, guidance=torch.arange(4.0))
+    yield onepass.denoise_step(mean, torch.cat((logvar, prior_mean)), ddim, 2, guidance=3)
+    yield onepass.denoise_step(mean, logvar, ddpm, steps, seed=seeds, mask=mean[:, :1] > 0, known=prior_mean)
+    yield onepass.denoise_step(mean, logvar, ddpm, 4, noise=prior_mean, out=torch.empty(4, 5, 6).mT)
+    state = multistep.new_state(mean)
+    yield onepass.denoise_step(mean, logvar, multistep, 0, state=state)
+    yield state
+
+
+@pytest.mark.parametrize("by_attributes", [False, True])
+def test_both_ways_through_a_function_agree(by_attributes):
+    with onepass.use_backend("reference"):
+        expected = list(every_call())
+    _native._C.read_by_attributes(by_attributes)
+    first, kept = list(every_call()), len(_ops._kept)
+    second = list(every_call())
+    assert len(_ops._kept) == kept > 20
+    for got, again, reference in zip(first, second, expected, strict=True):
+        assert torch.equal(got, again)
+        torch.testing.assert_close(got, reference, rtol=2e-5, atol=2e-5)
+
+
+MEAN, LOGVAR = inputs(2)
+PLAN, MULTISTEP = plans.ddim(8), plans.dpmpp_2m(8)
+STATE = MULTISTEP.new_state(MEAN)
+BAD = {
+    "rng.normal": (lambda **o: onepass.rng.normal(**{"shape": (4, 3), "seed": 1} | o), [
+        {"shape": (4, -3)}, {"shape": (4, True)}, {"dtype": torch.int64}, {"seed": 1.0}, {"seed": True},
+        {"seed": torch.arange(3)}, {"stream": 0.5}, {"offset": None}, {"out": torch.empty(3, 4)},
+        {"out": torch.empty(4, 3, dtype=torch.float64), "dtype": torch.float32}, {"generator": torch.Generator()},
+    ]),
+    "reparameterize": (lambda **o: onepass.reparameterize(**{"mean": MEAN, "clamp": (-1, 1), "seed": 1} | o), [
+        {"mean": MEAN[:, :5]}, {"mean": MEAN[0, 0]}, {"logvar": LOGVAR[:3]}, {"clamp": (1, -1)}, {"clamp": 3},
+        {"samples": 0}, {"samples": True}, {"antithetic": True}, {"chunk_dim": 3}, {"stream": 2**56},
+        {"noise": MEAN}, {"out": torch.empty(4, 6, 5)},
+    ]),
+    "gumbel_softmax": (lambda **o: onepass.gumbel_softmax(**{"logits": MEAN, "seed": 1} | o), [
+        {"tau": 0}, {"tau": float("inf")}, {"tau": "a"}, {"dim": 3}, {"logits": MEAN.int()}, {"seed": 0.5},
+        {"out": torch.empty(4, 6)}, {"seed": torch.arange(3)},
+    ]),
+    "denoise_step": (lambda **o: onepass.denoise_step(**{
+        "sample": MEAN, "model_output": LOGVAR, "plan": PLAN, "step": 3} | o), [
+        {"step": 8}, {"step": -1}, {"step": 1.0}, {"step": True}, {"step": torch.tensor([0, 8, 0, 0])},
+        {"step": torch.arange(3)}, {"guidance": 1.0}, {"model_output": (LOGVAR, LOGVAR)}, {"model_output": LOGVAR[:2]},
+        {"model_output": (LOGVAR,), "guidance": 1.0}, {"plan": MULTISTEP}, {"plan": PLAN.table}, {"state": STATE},
+        {"plan": MULTISTEP, "state": STATE[:, :0]}, {"mask": MEAN > 0}, {"known": MEAN}, {"out": MEAN[:2].clone()},
+        {"noise": MEAN, "seed": 1}, {"mask": MEAN, "known": LOGVAR[0]},
+    ]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_changed_is_checked(name):
+    run, changes = BAD[name]
+    run()
+    for change in changes:
+        for _ in range(2):          # a call that was refused is not kept
+            with pytest.raises((ValueError, TypeError)):
+                run(**change)
+
+
+def test_numbers_are_no_part_of_a_signature():
+    for n in range(3):
+        onepass.rng.normal((4,), seed=n, stream=n, offset=n)
+        onepass.reparameterize(MEAN, LOGVAR, seed=n, stream=n, offset=n)
+        onepass.gumbel_softmax(MEAN, 1.0 + n, seed=n)
+        onepass.denoise_step(MEAN, (LOGVAR, MEAN), PLAN, n, guidance=1.0 + n)
+    assert len(_ops._kept) == 4
+
+
+def test_what_torch_takes_as_default_is_looked_at():
+    draw = lambda seed=1, **options: onepass.rng.normal((3,), seed=seed, **options)
+    expected = draw()
+    try:
+        torch.set_default_dtype(torch.float16)
+        assert draw().dtype == torch.float16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert draw().is_meta
+    assert torch.equal(draw(), expected) and draw(device="meta").is_meta
+    assert len({draw(seed=None).sum().item() for _ in range(4)}) == 4
+    assert draw(out=torch.empty(3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """The tensors that were made contiguous and were not."""
+    made, own = [], torch.Tensor.contiguous
+
+    def contiguous(x, *args, **options):
+        if not x.is_contiguous():
+            made.append(x)
+        return own(x, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "contiguous", contiguous)
+    return made
+
+
+def test_rows_in_one_piece_are_not_copied(copies):
+    moments, other = torch.randn(3, 8, 6, 6), torch.randn(3, 6, 6, 4).movedim(3, 1)
+    mean, logvar = moments.chunk(2, 1)
+    onepass.reparameterize_kl(mean, logvar, seed=1)
+    onepass.reparameterize_kl(mean, logvar.expand_as(mean), noise=moments[:, 2:6])
+    onepass.denoise_step(mean, (logvar, moments[:, 2:6]), PLAN, 2, guidance=2.0)
+    assert not copies
+    onepass.reparameterize_kl(mean.contiguous(), other, seed=1)
+    assert [x.shape for x in copies] == [mean.shape, logvar.shape]         # this test's own copy, and logvar
+
+
+def test_segments_that_all_share_are_not_copied(copies):
+    last = torch.randn(3, 6, 6, 8)
+    for chunk_dim, moments in ((3, last), (2, last), (0, last[:2]), (1, torch.randn(3, 8, 9).mT.contiguous().mT)):
+        copies.clear()
+        got = onepass.reparameterize_kl(moments, chunk_dim=chunk_dim, seed=1)
+        assert [x.shape for x in copies] == ([moments.shape] if chunk_dim == 1 else [])
+        for x, reference in zip(got, onepass.reparameterize_kl(
+                moments, chunk_dim=chunk_dim, seed=1, backend="reference"), strict=True):
+            torch.testing.assert_close(x, reference, rtol=2e-5, atol=2e-5)
+    mean, logvar = last.chunk(2, 3)
+    copies.clear()
+    onepass.reparameterize(mean, logvar, clamp=(-1, 1), samples=2, noise=torch.randn(2, 3, 6, 6, 4))
+    assert not copies
