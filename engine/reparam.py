@@ -130,7 +130,7 @@ def _sample(
         generator, noise, out,
     ))
     shape, options = plan
-    key = _NO_KEY
+    key: tuple[Any, ...] = _NO_KEY
     if noise is None:
         rows = shape[0] if shape else 1
         key = key_of(generator, seed, stream, offset, rows, mean.device, STREAM_TAG)
