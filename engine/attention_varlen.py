@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import _attention_checks as expect
 from . import _checks as check
-from ._ops import call
+from ._ops import keep, recall, route, signature
 from .attention import autocast
 
 
@@ -35,6 +35,39 @@ def attention_varlen(
     Gradients flow to q, k, v and sinks; pages are for inference. Slots of pages beyond a row's keys are never read.
     Raises ValueError or TypeError before anything is written; cu_seqlens and pages on a GPU are not read.
     """
+    key = signature(
+        "varlen", q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, causal, window, softcap, scale, alibi_slopes, sinks,
+        out, backend,
+    )
+    if (known := recall(key)) is None:
+        q, k, v, options = _checked(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, window, softcap, scale, alibi_slopes, sinks, out
+        )
+    else:
+        run, options = known
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)):
+            raise TypeError(f"{name} is {type(longest).__name__}, expected an int")
+        if longest < 0:
+            raise ValueError(f"{name}={longest}: expected 0 or more")
+    expect.varlen_values(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
+    args = (
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, causal, *options, alibi_slopes,
+        sinks,
+    )
+    if known is None:
+        run = route("attention_varlen_forward", args, backend)
+        keep(key, (run, options))
+    result, lse = run(*args) if out is None else run(*args, out=(out, None))
+    return (result, lse) if return_lse else result
+
+
+def _checked(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, block_table: Tensor | None,
+    window: tuple[int, int], softcap: float, scale: float | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, int, float, float]]:
+    """q, k and v as they are to be read, and (window_left, window_right, softcap, scale)."""
     paged = block_table is not None
     layout = "pages, page_size, Hkv, D" if paged else "total, Hkv, D"
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -53,24 +86,14 @@ def attention_varlen(
     if cu_seqlens_k is None:
         raise TypeError("cu_seqlens_k is None, expected an int32 tensor [B + 1]")
     expect.is_index("block_table", block_table, (batch, None), q, f"[B, blocks] with B = {batch}")
-    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)):
-            raise TypeError(f"{name} is {type(longest).__name__}, expected an int")
-        if longest < 0:
-            raise ValueError(f"{name}={longest}: expected 0 or more")
-    left, right, cap, scale = expect.options(window, softcap, scale, q.shape[-1])
+    options = expect.options(window, softcap, scale, q.shape[-1])
     expect.per_head(q, q.shape[1], batch, alibi_slopes, sinks)
     if paged:
         for name, tensor in (("q", q), ("k", k), ("v", v), ("sinks", sinks)):
             if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
                 raise ValueError(f"{name} requires a gradient: pages are for inference, call it under torch.no_grad()")
     check.is_out(out, (*q.shape[:-1], v.shape[-1]), q.dtype, q.device)
-    expect.varlen_values(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
-    result, lse = call(
-        "attention_varlen_forward", q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table,
-        causal, left, right, cap, scale, alibi_slopes, sinks, backend=backend, out=None if out is None else (out, None),
-    )
-    return (result, lse) if return_lse else result
+    return q, k, v, options
 
 
 __all__ = ["attention_varlen"]
