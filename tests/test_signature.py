@@ -125,20 +125,22 @@ def test_values_of_ragged_rows_are_looked_at_each_time():
     ints = lambda *x: torch.tensor(x, dtype=torch.int32)
     q, (k, v) = torch.randn(5, 4, 8), torch.randn(2, 20, 4, 8)
     pages, table = torch.randn(2, 6, 4, 4, 8), ints(0, 1, 2, 3, 4, 5).reshape(2, 3)
-    run = lambda q=q, k=k, v=v, cu_q=ints(0, 2, 5), cu_k=ints(0, 8, 20), most_q=3, most_k=12, **options: (
-        onepass.attention_varlen(q, k, v, cu_q, cu_k, most_q, most_k, **options))
+    given = {"q": q, "k": k, "v": v, "cu_seqlens_q": ints(0, 2, 5), "cu_seqlens_k": ints(0, 8, 20)}
+    given |= {"max_seqlen_q": 3, "max_seqlen_k": 12}
+    run = lambda **changes: onepass.attention_varlen(**(given | changes))
     paged = {"k": pages[0], "v": pages[1], "block_table": table}
     for _ in range(2):
         whole = run()
         torch.testing.assert_close(whole[:2], onepass.attention(q[None, :2], k[None, :8], v[None, :8])[0])
-        torch.testing.assert_close(run(cu_q=ints(0, 3, 5))[3:], run(cu_k=ints(0, 8, 20))[3:])
+        torch.testing.assert_close(run(cu_seqlens_q=ints(0, 3, 5))[3:], run(cu_seqlens_k=ints(0, 8, 20))[3:])
         torch.testing.assert_close(run(**paged), run(**paged, backend="reference"))
     kept = len(_ops._kept)
     for bad, match in (
-        ({"cu_q": ints(0, 2, 6)}, "cu_seqlens_q"), ({"cu_k": ints(0, 21, 20)}, "cu_seqlens_k"),
-        ({"most_q": 2}, "max_seqlen_q=2"), ({"most_k": 11}, "max_seqlen_k=11"), ({"most_q": -1}, "max_seqlen_q=-1"),
-        ({"most_k": 3.0}, "max_seqlen_k is float"), ({**paged, "block_table": table + 1}, r"block_table\[1, 2\]=6"),
-        ({**paged, "cu_k": ints(0, 13, 20), "most_k": 13}, "cu_seqlens_k gives row 0 13 keys"),
+        ({"cu_seqlens_q": ints(0, 2, 6)}, "cu_seqlens_q"), ({"cu_seqlens_k": ints(0, 21, 20)}, "cu_seqlens_k"),
+        ({"max_seqlen_q": 2}, "max_seqlen_q=2"), ({"max_seqlen_k": 11}, "max_seqlen_k=11"),
+        ({"max_seqlen_q": -1}, "max_seqlen_q=-1"), ({"max_seqlen_k": 3.0}, "max_seqlen_k is float"),
+        ({**paged, "block_table": table + 1}, r"block_table\[1, 2\]=6"),
+        ({**paged, "cu_seqlens_k": ints(0, 13, 20), "max_seqlen_k": 13}, "cu_seqlens_k gives row 0 13 keys"),
     ):
         with pytest.raises((ValueError, TypeError), match=match):
             run(**bad)
