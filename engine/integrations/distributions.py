@@ -6,21 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor, distributions
 
-from .. import _checks as check
 from ..rng import Source, keyed, normal
 
 _SHAPE = torch.Size()
 
 
+def _affine(loc: Tensor, scale: Tensor, shape: torch.Size, seed: Any, stream: Any) -> Tensor:
+    """loc + scale eps of drawn eps."""
+    eps = normal(shape, seed=seed, stream=stream, dtype=loc.dtype, device=loc.device)
+    return torch.addcmul(loc, eps, scale, out=eps)
+
+
 class _Affine(torch.autograd.Function):
-    """loc + scale eps of drawn eps. Nothing of the noise is kept: backward draws it again."""
+    """The same with a gradient. Nothing of the noise is kept: backward draws it again."""
 
     @staticmethod
     def forward(ctx: Any, loc: Tensor, scale: Tensor, shape: torch.Size, seed: Any, stream: Any) -> Tensor:
         ctx.key = shape, seed, stream
         ctx.sizes = loc.shape, scale.shape
-        eps = normal(shape, seed=seed, stream=stream, dtype=loc.dtype, device=loc.device)
-        return torch.addcmul(loc, eps, scale, out=eps)
+        return _affine(loc, scale, shape, seed, stream)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -46,9 +50,8 @@ class Normal(distributions.Normal):
         shape = self._extended_shape(sample_shape)
         rows = shape[0] if shape else 1
         seed, stream = keyed(generator, seed, stream, rows, self.loc.device)
-        for name, value in (("seed", seed), ("stream", stream)):
-            check.random_key(name, value, rows, self.loc.device)
-        return _Affine.apply(self.loc, self.scale, shape, seed, stream)
+        needed = torch.is_grad_enabled() and (self.loc.requires_grad or self.scale.requires_grad)
+        return (_Affine.apply if needed else _affine)(self.loc, self.scale, shape, seed, stream)
 
     def sample(
         self, sample_shape: Any = _SHAPE, *, seed: int | Tensor | None = None, stream: int | Tensor = 0,
