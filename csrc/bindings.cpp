@@ -290,7 +290,7 @@ void bind_volrend(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native kernels of onepass: pointers in, nothing allocated.";
+  m.doc() = "Native kernels of onepass: checked tensors in, results written where they are.";
   kernels = load(choose_isa());
   kernels.attention = load(attention_isa(kernels.isa)).attention;
   m.attr("isa") = name_of(kernels.isa);

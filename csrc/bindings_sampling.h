@@ -236,12 +236,9 @@ void def_latent(py::module_& m, Forward forward, Backward backward) {
           call.share(mean, logvar, noise, prior_mean, prior_logvar);
           if (const Misfits odd = call.describe(mean, logvar, noise, key, prior_mean, prior_logvar)) return odd;
           Latent& p = call.p;
-          const bool weights = p.terms == LatentTerms::weights;
-          const int64_t sums = !(weights || p.terms == LatentTerms::row) || p.length() <= LATENT_TILE ? 0
-                               : weights                                                              ? 2 * p.samples
-                                                                                                      : 1;
-          const int64_t tiles = p.rows * ((p.length() + LATENT_TILE - 1) / LATENT_TILE);
-          const Scratch partial(sums * tiles * static_cast<int64_t>(sizeof(double)), mean);
+          const int64_t sums = p.terms == LatentTerms::row ? 1 : p.terms == LatentTerms::weights ? 2 * p.samples : 0;
+          const int64_t tiles = p.length() > LATENT_TILE ? (p.length() + LATENT_TILE - 1) / LATENT_TILE : 0;
+          const Scratch partial(sums * p.rows * tiles * static_cast<int64_t>(sizeof(double)), mean);
           forward(p,
                   LatentOut{z.as<void>(), first.empty() ? nullptr : first.as<float>(),
                             second.empty() ? nullptr : second.as<float>(), static_cast<double*>(partial.data())},
