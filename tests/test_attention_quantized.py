@@ -1,4 +1,4 @@
-"""Attention over quantized caches: the append bit by bit, values against the reference, layouts, poison, traces."""
+"""Attention over quantized caches: values against the reference, layouts, poison, traces, errors."""
 
 from __future__ import annotations
 
@@ -16,129 +16,9 @@ from onepass.reference import kvcache as reference
 
 from cases import FLOATS
 from helpers import BACKENDS, ISAS, assert_as_good_as_torch, run_python
+from quantized_rows import CODES, E4M3, INT8, ROTARY, Rows, dequantized, randn, raw
 
-INT8, E4M3 = torch.int8, torch.float8_e4m3fn
-CODES = (INT8, E4M3)
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-ROTARY = tuple(f(torch.arange(2048)[:, None] * torch.tensor([1.0, 0.2, 0.05])) for f in (torch.cos, torch.sin))
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def raw(x: torch.Tensor) -> torch.Tensor:
-    """The bytes, so that NaN and the sign of zero count."""
-    return x.view(torch.int32 if x.dtype == torch.float32 else torch.uint8)
-
-
-def dequantized(cache: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """The values of a cache whose first dim is the batch, in float64."""
-    if scale is None:
-        return cache.double()
-    return cache.double() * (scale[:, None, :, None] if scale.dim() == 2 else scale[..., None]).double()
-
-
-class Rows:
-    """Old keys as codes with their scales, new ones as values; `call` lays them out with poison in every other slot."""
-
-    def __init__(
-        self, lengths=(0, 5, 150), new=3, heads=4, kv_heads=2, dim=32, value_dim=32, dtype=torch.float32, codes=INT8,
-        kinds=("head", "token"),
-    ):  # fmt: skip
-        self.lengths, self.new, self.codes = lengths, new, codes
-        self.q = randn(len(lengths), new, heads, dim, seed=1, dtype=dtype)
-        self.tokens, self.parts = [], []
-        for seed, kind, width in ((2, kinds[0], dim), (3, kinds[1], value_dim)):
-            self.tokens.append(randn(len(lengths), new, kv_heads, width, seed=seed, dtype=dtype))
-            per_head = randn(len(lengths), kv_heads, seed=seed).abs() * (0.01 if codes == INT8 else 0.005) + 0.001
-            parts = []
-            for b, n in enumerate(lengths):
-                values = randn(n, kv_heads, width, seed=10 * seed + b)
-                scale = per_head[b].expand(n, -1)
-                if kind == "token":
-                    scale = values.abs().amax(-1) / (127 if codes == INT8 else 448)
-                elif kind == "none":
-                    scale = torch.ones(n, kv_heads)
-                parts.append((reference.quantize(values, scale, codes), scale))
-            self.parts.append((kind, per_head, parts))
-
-    def only(self, b: int) -> Rows:
-        one = Rows.__new__(Rows)
-        one.lengths, one.new, one.codes, one.q = self.lengths[b : b + 1], self.new, self.codes, self.q[b : b + 1]
-        one.tokens = [x[b : b + 1] for x in self.tokens]
-        one.parts = [(kind, per_head[b : b + 1], parts[b : b + 1]) for kind, per_head, parts in self.parts]
-        return one
-
-    def layout(self, page=0, leftpad=False, shuffled=False, heads_first=False):
-        """(caches, scales, keyword arguments) with extreme codes and NaN scales where no key is."""
-        batch, pads = len(self.lengths), [3 + 2 * b if leftpad else 0 for b in range(len(self.lengths))]
-        starts = [n + p for n, p in zip(self.lengths, pads, strict=True)]
-        capacity = max(starts) + self.new + 7
-        kwargs = {"cache_seqlens": torch.tensor(starts, dtype=torch.int32)}
-        if leftpad:
-            kwargs["cache_leftpad"] = torch.tensor(pads, dtype=torch.int32)
-        blocks = -(-capacity // page) if page else 1
-        table = torch.randperm(batch * blocks + 3, generator=torch.Generator().manual_seed(1))[: batch * blocks]
-        table = table.reshape(batch, blocks).int()
-        index = torch.arange(batch).flip(0).int() + 2 if shuffled else torch.arange(batch).int()
-        if page:
-            kwargs["block_table"] = table.clone()
-            for b, start in enumerate(starts):
-                kwargs["block_table"][b, -(-(start + self.new) // page) :] = 2**30
-        if shuffled:
-            kwargs["cache_batch_idx"] = index
-        caches, scales = [], []
-        for kind, per_head, parts in self.parts:
-            shape = (batch * blocks + 3, page) if page else (batch + 2, capacity) if shuffled else (batch, capacity)
-            kv_heads, width = parts[0][0].shape[1:]
-            cache = torch.full((*shape, kv_heads, width), 127, dtype=torch.uint8)  # 127 as int8, NaN as float8
-            scale = torch.full((*shape, kv_heads), torch.nan)
-            if heads_first:
-                cache, scale = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (cache, scale))
-            for b, (codes, of) in enumerate(parts):
-                slot = torch.arange(len(codes)) + pads[b]
-                at = (table[b, slot // page].long(), slot % page) if page else (int(index[b]), slot)
-                cache[at], scale[at] = raw(codes), of
-            caches.append(cache.view(self.codes))
-            scales.append({"head": per_head, "token": scale, "none": None}[kind])
-        return caches, scales, kwargs
-
-    def call(self, ragged=False, layout=None, backend=None, **options):
-        caches, (k_scale, v_scale), kwargs = self.layout(**(layout or {}))
-        q, (k, v) = self.q, self.tokens
-        if ragged:
-            q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-            kwargs |= {"cu_seqlens_q": torch.arange(len(self.lengths) + 1).int() * self.new, "max_seqlen_q": self.new}
-        out, lse = onepass.attention_with_kvcache(
-            q, *caches, k, v, k_scale=k_scale, v_scale=v_scale, return_lse=True, backend=backend, **kwargs, **options
-        )
-        if ragged:
-            out, lse = out.unflatten(0, (-1, self.new)), lse.unflatten(1, (-1, self.new)).transpose(0, 1)
-        return out, lse
-
-    def truth(self, **options):
-        """Float64 attention of the reference over the dequantized cache, new tokens in it put by the reference."""
-        caches, scales, kwargs = self.layout()
-        rotary = [options.pop(name, default) for name, default in (
-            ("rotary_cos", None), ("rotary_sin", None), ("rotary_interleaved", True))]  # fmt: skip
-        per_head = [None if s is None or s.dim() == 3 else s for s in scales]
-        per_token = [None if s is None or s.dim() == 2 else s for s in scales]
-        seqlens = kwargs["cache_seqlens"]
-        reference.kvcache_append(
-            *caches, *self.tokens, seqlens, None, None, None, None, self.new, *rotary, *per_head, *per_token
-        )
-        keys, values = (dequantized(c, s) for c, s in zip(caches, scales, strict=True))
-        q = self.q.double()
-        if rotary[0] is not None:
-            ordered = options.get("causal") or "window" in options or "tree_mask" in options
-            position = seqlens.long()[:, None] + (torch.arange(self.new) if ordered else torch.zeros(self.new).long())
-            q = reference.rotate(q, position, rotary[0].double(), rotary[1].double(), rotary[2])
-        return onepass.attention_with_kvcache(
-            q, keys, values, cache_seqlens=seqlens + self.new, return_lse=True, backend="reference", **options
-        )
-
-
 LAYOUTS = (
     {},
     {"page": 1},
@@ -254,87 +134,6 @@ def test_error_of_decoding_is_that_of_torch(codes):
         assert_as_good_as_torch(rows.call(backend="cpu")[0], same, rows.truth()[0])
 
 
-# ---- the append ----
-
-
-def difficult(dtype: torch.dtype, dim: int) -> torch.Tensor:
-    """Tokens [12, dim] with ties, zeros of both signs, the least and the largest numbers, Inf and NaN."""
-    x = randn(12, dim, seed=7) * torch.logspace(-8, 8, 12)[:, None]
-    largest, least = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
-    x[0] = (torch.arange(dim) - dim // 2) * 0.5
-    x[1], x[2, 0] = 0.0, -0.0
-    x[3] = torch.linspace(-1, 1, dim) * 2.0**-6
-    x[4, :3] = torch.tensor([largest, -largest, least])[:dim]
-    x[5] = randn(dim, seed=8) * least
-    x[6, -1], x[7, 0], x[8, -1] = torch.inf, -torch.inf, torch.nan
-    return x.to(dtype)
-
-
-@pytest.mark.parametrize("kind", ["head", "token", "none"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("codes", CODES, ids=str)
-def test_append_writes_the_bits_of_the_reference(codes, dtype, kind):
-    if kind == "none" and codes == INT8:
-        return
-    for dim, value_dim, rotary in ((33, 20, (None, None, True)), (128, 256, (*ROTARY, True)), (8, 1, (*ROTARY, False))):
-        k = torch.stack([difficult(dtype, dim), randn(12, dim, seed=1, dtype=dtype)], 1)[None]
-        v = torch.stack([randn(12, value_dim, seed=2, dtype=dtype), difficult(dtype, value_dim)], 1)[None]
-        table = torch.tensor([[2, 0, 1]], dtype=torch.int32)
-        written = []
-        for backend in ("cpu", "reference"):
-            caches = [torch.full((3, 5, 2, x.shape[-1]), 85, dtype=torch.uint8).view(codes) for x in (k, v)]
-            per_token = [torch.full((3, 5, 2), torch.nan) if kind == "token" else None for _ in "kv"]
-            per_head = [torch.tensor([[0.5, 2e-5]]) if kind == "head" else None for _ in "kv"]
-            torch.ops.onepass.kvcache_append(
-                *caches, k, v, torch.tensor([1], dtype=torch.int32), table, None, None, None, 12, *rotary, *per_head,
-                *per_token, backend=backend,
-            )  # fmt: skip
-            written.append([*caches, *(x for x in per_token if x is not None)])
-            assert (raw(caches[0])[2, 0] == 85).all() and (raw(caches[1])[1, 3:] == 85).all()
-        for ours, theirs in zip(*written, strict=True):
-            same = raw(ours) == raw(theirs)
-            if ours.dtype != INT8:
-                same |= ours.float().isnan() & theirs.float().isnan()
-            assert same.all(), (dim, raw(ours)[~same], raw(theirs)[~same])
-
-
-def appended(x, codes, scale, backend):
-    """The codes of x [D] and their scale."""
-    cache = torch.zeros(1, 1, 1, len(x), dtype=codes)
-    per_token = torch.full((1, 1, 1), torch.nan) if scale is None else None
-    of = (None if scale is None else torch.tensor([[scale]]),) * 2
-    x, zero = torch.as_tensor(x, dtype=torch.float32)[None, None, None], torch.zeros(1, dtype=torch.int32)
-    other = None if per_token is None else per_token.clone()
-    torch.ops.onepass.kvcache_append(
-        cache, cache.clone(), x, x, zero, None, None, None, None, 1, None, None, True, *of, per_token, other,
-        backend=backend,
-    )
-    return cache[0, 0, 0], per_token
-
-
-@pytest.mark.parametrize("backend", BACKENDS[:2])
-def test_known_codes(backend):
-    inf, nan = torch.inf, torch.nan
-    values = [1.0, 3.0, 5.0, -1.0, -3.0, 253.0, 255.0, 1e9, -1e9, inf, -inf, nan, 0.0]
-    codes, _ = appended(values, INT8, 2.0, backend)
-    assert codes.tolist() == [0, 2, 2, 0, -2, 126, 127, 127, -127, 127, -127, 0, 0]
-    codes, scale = appended([-12.7, 6.33, 0.04, 0.16, 0.0], INT8, None, backend)
-    assert codes.tolist() == [-127, 63, 0, 2, 0]
-    assert scale.item() == torch.tensor(12.7) / torch.tensor(127.0)
-    codes, scale = appended([0.0, -0.0], INT8, None, backend)
-    assert codes.tolist() == [0, 0] and scale.item() == 0
-    assert appended([1.0, inf], INT8, None, backend)[1].item() == inf
-    assert appended([1.0, nan], INT8, None, backend)[1].isnan()
-
-    values = [1.0, 17.0, 19.0, -1e9, inf, 448.0, 2.0**-9, 2.0**-10, 3 * 2.0**-10, 2.0**-6, 0.0]
-    codes, _ = appended(values, E4M3, 1.0, backend)
-    assert codes.float().tolist() == [1, 16, 20, -448, 448, 448, 2.0**-9, 0, 2.0**-8, 2.0**-6, 0]
-    assert appended([nan], E4M3, 1.0, backend)[0].float().isnan()
-    codes, scale = appended([0.0, 0.0], E4M3, None, backend)
-    assert codes.float().tolist() == [0, 0] and scale.item() == 0
-    assert appended([224.0, 1.0], E4M3, None, backend)[1].item() == 0.5
-
-
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("codes", CODES, ids=str)
 def test_nan_that_is_seen_shows(codes, backend):
@@ -363,8 +162,6 @@ for codes, dtype, option, new in itertools.product(CODES, FLOATS, ("none", "rota
     for dim in (40, 129):
         rows = Rows(new=new, dim=dim, value_dim=dim - 3, dtype=dtype, codes=codes)
         assert_near(rows.call(backend="cpu", **OPTIONS[option]), rows.truth(**OPTIONS[option]), dtype)
-for codes, dtype, kind in itertools.product(CODES, FLOATS, ("head", "token", "none")):
-    test_append_writes_the_bits_of_the_reference(codes, dtype, kind)
 """
     run_python(f"import sys; sys.path.insert(0, {__file__.rsplit('/', 1)[0]!r})\n" + code, ONEPASS_CPU_ISA=isa)
 
