@@ -181,7 +181,7 @@ OP_INLINE Element<PRIOR> element(const Posterior<T>& x, int64_t i, int n) {
   const F32 logvar = load_n(x.logvar + i, n);
   e.free = (logvar >= x.low) & (logvar <= x.high);
   e.logvar = min(x.high, max(x.low, logvar));  // this order keeps NaN
-  e.std = exp(0.5f * e.logvar);
+  e.std = exp_half(e.logvar);
   if constexpr (PRIOR) {
     e.prior_logvar = load_n(x.prior_logvar + i, n);
     e.away = e.mean - load_n(x.prior_mean + i, n);

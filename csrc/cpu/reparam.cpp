@@ -99,7 +99,7 @@ void forward_as(const Reparam& p, T* z, float* kl, double* partial) {
     const auto step = [&](int64_t i, int n) {
       const F32 m = load_n(mean + i, n), lv = load_n(logvar + i, n);
       const F32 eps = given ? load_n(given + i, n) : load(drawn + i);
-      const F32 std = exp(0.5f * lv);
+      const F32 std = exp_half(lv);
       store_n(out + i, fma(std, eps, m), n);
       return fma(std, std, fma(m, m, -1.0f - lv));
     };
@@ -161,7 +161,7 @@ void backward_as(const Reparam& p, const RowsIn& grad_z, const float* grad_kl, T
         sweep(p.length,
               [&](int64_t i, int n) { store_n(spread + row * p.length + i, splat(grad_kl[tile.row + row]), n); });
     sweep(tile.end - tile.begin, [&](int64_t i, int n) {
-      const F32 lv = load_n(logvar + i, n), std = exp(0.5f * lv);
+      const F32 lv = load_n(logvar + i, n), std = exp_half(lv);
       F32 dm{}, dlv{};
       if (dz) {
         const F32 eps = given ? load_n(given + i, n) : load(drawn + i);

@@ -316,6 +316,27 @@ OP_INLINE F32 exp(F32 x) {
   return scale(y, k);
 }
 
+// e^(x / 2), as exp. With AVX-512 in 4 instructions less of 19: adding 1.5 2^23 rounds k, and halving x is left to the
+// coefficients, powers of two and so exact.
+OP_INLINE F32 exp_half(F32 x) {
+#if defined(__AVX512F__)
+  constexpr float ROUNDS = 12582912.0f;
+  const F32 bounded = min(splat(178.0f), max(splat(-208.0f), x));
+  const F32 k = fma(bounded, splat(1.44269504f / 2), splat(ROUNDS)) - ROUNDS;
+  F32 r = fma(k, splat(2 * -0.693359375f), bounded);
+  r = fma(k, splat(2 * 2.12194440e-4f), r);
+  F32 q = splat(1.3818296e-3f / 64);
+  q = fma(q, r, splat(8.368532e-3f / 32));
+  q = fma(q, r, splat(4.1668292e-2f / 16));
+  q = fma(q, r, splat(0.16666523f / 8));
+  q = fma(q, r, splat(0.49999994f / 4));
+  q = fma(q, r, splat(0.5f));
+  return scale(fma(q, r, splat(1.0f)), k);
+#else
+  return exp(0.5f * x);
+#endif
+}
+
 // e^x - 1 with a small relative error near 0 too.
 OP_INLINE F32 expm1(F32 x) {
   const F32 bounded = x > 89.0f ? splat(89.0f) : (x < -30.0f ? splat(-30.0f) : x);
