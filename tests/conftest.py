@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from onepass import _native, _ops
+
 from helpers import device_of
 
 
@@ -23,3 +25,12 @@ def on_its_device(request: pytest.FixtureRequest) -> Iterator[None]:
     device = device_of(callspec.params.get("backend") if callspec else None)
     with contextlib.nullcontext() if device == "cpu" else torch.device(device):
         yield
+
+
+@pytest.fixture
+def nothing_kept() -> Iterator[None]:
+    """No call is like an earlier one."""
+    _ops.forget()
+    yield
+    _native._C.read_by_attributes(False)
+    _ops.forget()

@@ -222,6 +222,22 @@ def test_extreme_values_go_where_plain_torch_sends_them(backend):
     torch.testing.assert_close(z, plain(mean, logvar, noise), equal_nan=True)
 
 
+DEVIATIONS_CODE = """
+import torch, onepass
+logvar = torch.cat((torch.linspace(-215, 177.4, 4001), torch.tensor([-1e30, -torch.inf, -0.0, 0.0])))[None]
+for clamp in (None, (None, 200.0)):         # with options the kernel is another
+    z = onepass.reparameterize(torch.zeros_like(logvar), logvar, noise=torch.ones_like(logvar), clamp=clamp)
+    torch.testing.assert_close(z.double(), (0.5 * logvar.double()).exp(), rtol=2.4e-7, atol=1.5e-45)
+    assert (z[0, -2:] == 1).all() and (z[0, -4:-2] == 0).all()
+print("ok")
+"""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_deviations_of_every_size_are_near(isa):
+    assert run_python(DEVIATIONS_CODE, ONEPASS_CPU_ISA=isa).strip() == "ok"
+
+
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_out_and_reductions(backend):
     mean, logvar, noise = inputs((4, 33), device=device_of(backend))

@@ -9,15 +9,7 @@ from onepass import _attention_checks, _native, _ops
 
 from helpers import needs_native
 
-pytestmark = needs_native
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept():
-    _ops.forget()
-    yield
-    _native._C.read_by_attributes(False)
-    _ops.forget()
+pytestmark = [needs_native, pytest.mark.usefixtures("nothing_kept")]
 
 
 def qkv(**options):

@@ -10,17 +10,9 @@ from onepass import _native, _ops, plans
 
 from helpers import needs_native
 
-pytestmark = needs_native
+pytestmark = [needs_native, pytest.mark.usefixtures("nothing_kept")]
 
 SHAPE = (4, 6, 5)
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept():
-    _ops.forget()
-    yield
-    _native._C.read_by_attributes(False)
-    _ops.forget()
 
 
 def inputs(count, shape=SHAPE):
