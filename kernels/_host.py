@@ -54,3 +54,20 @@ def rows_of(x: Tensor, length: int) -> tuple[Tensor, int]:
     if aligned(x, length) and (x.data_ptr() % VECTOR or step * x.element_size() % VECTOR):
         return x.clone(memory_format=torch.contiguous_format), length
     return x, step
+
+
+def layout_of(x: Tensor) -> tuple[int, int] | None:
+    """x [B, ...] as rows of segments: (elements that lie in one piece, from a segment to the next), or None."""
+    dims = [(size, step) for size, step in zip(x.shape[1:], x.stride()[1:], strict=True) if size != 1]
+    run = 1
+    while dims and dims[-1][1] == run:
+        run *= dims.pop()[0]
+    if not dims:
+        return run, run
+    segment = dims[-1][1]
+    length = 1
+    for size, step in reversed(dims):
+        if step != segment * length:
+            return None
+        length *= size
+    return run, segment

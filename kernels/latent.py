@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._native import layout_of, row_length
+from .._native import row_length
 from .._ops.latent import half_shape, term_shapes
 from ..reference.latent import SAMPLE_STEP, TERMS, draws, halves
-from ._host import OPTIONS, VECTOR, key_arguments, keyed_by_row, on, power_of_two
+from ._host import OPTIONS, VECTOR, key_arguments, keyed_by_row, layout_of, on, power_of_two
 from ._math import exp
 from .reparam import sum_tiles
 from .rng import _KEYS, NORMAL, draw_tile, key_of

@@ -52,23 +52,6 @@ def run(kernel: Callable[..., int], *arguments: Any) -> None:
         arguments = tuple(x.contiguous() if odd >> i & 1 else x for i, x in enumerate(arguments))
 
 
-def layout_of(x: Tensor) -> tuple[int, int] | None:
-    """x [B, ...] as rows of segments: (elements that lie in one piece, from a segment to the next), or None."""
-    dims = [(size, step) for size, step in zip(x.shape[1:], x.stride()[1:], strict=True) if size != 1]
-    run = 1
-    while dims and dims[-1][1] == run:
-        run *= dims.pop()[0]
-    if not dims:
-        return run, run
-    segment = dims[-1][1]
-    length = 1
-    for size, step in reversed(dims):
-        if step != segment * length:
-            return None
-        length *= size
-    return run, segment
-
-
 def mask_rows(mask: Tensor, sample: Tensor) -> tuple[Tensor, int, int]:
     """A mask that broadcasts to `sample`, as bools or floats [B or 1, period], the elements from row to row (0 where
     rows share one), and the period in which it repeats along a row; a leading broadcast costs no copy."""
@@ -122,7 +105,6 @@ __all__ = [
     "emulated",
     "error",
     "kernels",
-    "layout_of",
     "mask_rows",
     "on_device",
     "pointer",
