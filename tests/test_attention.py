@@ -98,7 +98,7 @@ def sweep():
         yield pytest.param(case, option, backend, id=f"{backend}-{case}-{option}", marks=marks)
 
 
-@pytest.mark.parametrize(("case", "option", "backend"), sweep())
+@pytest.mark.parametrize(("case", "option", "backend"), list(sweep()))
 def test_as_good_as_torch(case, option, backend):
     for dtype in FLOATS:
         q, k, v = inputs(case, dtype)
@@ -116,8 +116,9 @@ def test_as_good_as_torch(case, option, backend):
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
     code = """
-import torch, onepass
+import itertools, torch, onepass
 from test_attention import ATTENTION, OPTIONS, inputs, options, in_float64, core
+from test_attention import test_keys_masked_by_the_least_number_share_a_row_that_sees_no_others
 from helpers import assert_as_good_as_torch
 assert onepass._native._C.isa == {isa!r}
 torch.set_num_threads(1)
@@ -129,6 +130,8 @@ for case in ATTENTION[2:6]:
             out = onepass.attention(q, k, v, backend="cpu", **chosen)
             truth = onepass.attention(*(x.double() for x in (q, k, v)), **in_float64(chosen), backend="reference")
             assert_as_good_as_torch(out, core(q, k, v, **chosen)[0], truth)
+for queries, dtype in itertools.product((2, 40), (torch.float32, torch.bfloat16)):
+    test_keys_masked_by_the_least_number_share_a_row_that_sees_no_others(queries, dtype)
 """
     run_python(
         f"import sys; sys.path.insert(0, {__file__.rsplit('/', 1)[0]!r})\n" + code.format(isa=isa), ONEPASS_CPU_ISA=isa
@@ -188,6 +191,29 @@ def test_a_row_alone_has_the_same_bits(case, dtype):
     for b in range(case[0]):
         alone = onepass.attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], causal=True, return_lse=True, backend="cpu")
         assert torch.equal(alone[0][0], together[0][b]) and torch.equal(alone[1][0], together[1][b])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("queries", [2, 40])
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_a_scale_may_turn_scores_around(scale, queries, dtype):
+    q, k, v = inputs((1, queries, 100, 8, 2, 64, 64), dtype)
+    truth = onepass.attention(q.double(), k.double(), v.double(), scale=scale, causal=True, backend="reference")
+    out = onepass.attention(q, k, v, scale=scale, causal=True, backend="cpu")
+    assert_as_good_as_torch(out, core(q, k, v, scale=scale, causal=True)[0], truth)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("queries", [2, 40])
+def test_keys_masked_by_the_least_number_share_a_row_that_sees_no_others(queries, dtype):
+    """As PyTorch has it: finite, where a product with the score would overflow."""
+    q, k, v = inputs((1, queries, 100, 8, 2, 64, 64), dtype)
+    mask = torch.full((queries, 100), torch.finfo(torch.float32).min)
+    mask[1::2, 50:] = 0
+    truth = onepass.attention(q.double(), k.double(), v.double(), mask=mask.double(), backend="reference")
+    out = onepass.attention(q, k, v, mask=mask, backend="cpu")
+    torch.testing.assert_close(out[0, 0], v.float().mean(1)[0].repeat_interleave(4, 0).to(dtype))
+    assert_as_good_as_torch(out, core(q.float(), k.float(), v.float(), mask=mask)[0].to(dtype), truth)
 
 
 def test_nan_shows_where_it_is_and_nowhere_else():

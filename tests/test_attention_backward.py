@@ -60,7 +60,7 @@ def assert_gradients_as_good_as_torch(case, option, dtype, backend="cpu"):
         assert_as_good_as_torch(got, same, truth, f"{name} of {case}, {option}")
 
 
-@pytest.mark.parametrize(("case", "option"), sweep())
+@pytest.mark.parametrize(("case", "option"), list(sweep()))
 def test_as_good_as_torch(case, option):
     if not (case[0] and case[1] and case[2]):
         pytest.skip("PyTorch's own steps do not take empty sizes")

@@ -127,7 +127,7 @@ def pairs():
         yield pytest.param(layout, option, id=f"{layout}-{option}", marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("layout", "option"), pairs())
+@pytest.mark.parametrize(("layout", "option"), list(pairs()))
 def test_matches_the_reference(layout, option):
     for dtype, tolerance in ((torch.float32, 3e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)):
         rows = Rows((0, 5, 150), dtype=dtype)

@@ -13,11 +13,18 @@ struct Fetch {
   const char *const *next, *const *last;
   int64_t from, bytes;
   const char *at, *end;
-  int64_t at_once = 1;  // lines
+  int64_t rows = 0, turns = 1, due = 0;  // of a walk by rows
 
   Fetch() : Fetch(nullptr, 0, 0, 0) {}
   Fetch(const char* const* pointers, int64_t count, int64_t from, int64_t to)
       : next(pointers), last(pointers + count), from(from), bytes(to - from), at(nullptr), end(nullptr) {}
+
+  // All rows in so many turns, as evenly as it goes: the lines of a row at once are fewer instructions than line by
+  // line.
+  void in_turns(int64_t count) {
+    rows = last - next;
+    turns = count;
+  }
 };
 
 // Asks for the next line, if there is one; NEAR as __builtin_prefetch counts caches.
@@ -32,11 +39,12 @@ OP_INLINE void line(Fetch& f) {
   f.at += 64;
 }
 
-// Asks for all lines behind the next pointer, if there is one: fewer instructions than line by line.
-OP_INLINE void lines(Fetch& f) {
-  if (f.next == f.last) return;
-  const char* at = *f.next++ + f.from;
-  for (int64_t i = 0; i < f.bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+// Asks for the lines of as many rows as are due.
+OP_INLINE void turn_of(Fetch& f) {
+  for (f.due += f.rows; f.due >= f.turns && f.next != f.last; f.due -= f.turns) {
+    const char* at = *f.next++ + f.from;
+    for (int64_t i = 0; i < f.bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+  }
 }
 
 }  // namespace

@@ -210,8 +210,9 @@ static void soften(const Attention& p, const Row& row, int64_t i, int64_t h, int
   F32 sums{};
 #pragma GCC unroll 4
   for (int n = 0; n < KEYS / W; ++n) {
-    F32 y = exp_above<WAY != Way::floats>(x[n], scale(n), splat(shift),
-                                          [&](F32 over) { return cut ? masked(over, n) : over; });
+    // Scaled and shifted in one rounding, of the difference: that of the product would be an error of the exponent.
+    const F32 over = fma(x[n], scale(n), splat(-shift));
+    F32 y = exp_negative(cut ? masked(over, n) : over);
     sums += y;
     if constexpr (CODES) y = y * load(value_scale + n * W);
     if constexpr (WAY == Way::whole)

@@ -46,6 +46,9 @@ static void pack_values(Row&& row, int count, int64_t dim, int64_t step, float* 
 
 // ---- the softmax ----
 
+constexpr int CHAINS = 4;  // of keys
+static_assert(KEYS % CHAINS == 0);
+
 // Weights of one key, or with DOT of two, beside each other in a word.
 template <bool DOT>
 OP_INLINE void store_pairs(float* to, F32 even, [[maybe_unused]] F32 odd) {
@@ -61,44 +64,52 @@ OP_INLINE void store_pairs(float* to, F32 even, [[maybe_unused]] F32 odd) {
 }
 
 // Turns raw products [key][row] of W rows into weights [word][row], and brings the rows' states up to their new
-// maximum. Weights are there for every key of the tile, zero where a row sees none. CODES: as in `soften`.
+// maximum. Weights are there for every key of the tile, zero where a row sees none. CODES: as in `soften`. CUT: there
+// are rows that do not see every key, or keys that are not a whole number of CHAINS.
 template <bool DOT, bool CODES, bool CUT>
 static void soften_rows(const Attention& p, const Seen& seen, bool plain, int count, float* scores, int64_t step,
                         const float* key_scale, const float* value_scale, float* top, float* row_total, float* alpha) {
-  constexpr int PAIR = DOT ? 2 : 1, CHAINS = 4;  // of keys, short sums: see CHAIN
-  const auto scale = [&](int j) {
-    const float x = plain ? p.scale : 1.0f;
-    return splat(CODES && plain ? x * key_scale[j] : x);
-  };
+  constexpr int PAIR = DOT ? 2 : 1;
+  const F32 low = seen.low, high = seen.high, before = load(top);
+  const F32 scale = splat(plain ? p.scale : 1.0f);
+  const bool by_key = CODES && plain;
   const auto masked = [&](F32 x, int j) {
     if constexpr (!CUT) return x;
     const F32 key = splat(static_cast<float>(j));
-    x = key < seen.low ? splat(EMPTY) : x;
-    return key < seen.high ? x : splat(EMPTY);
+    x = key < low ? splat(EMPTY) : x;
+    return key < high ? x : splat(EMPTY);
   };
-  F32 best[CHAINS];
-  for (F32& x : best) x = load(top);
-  for (int j = seen.from; j < seen.to; j += CHAINS)
+  const int begin = seen.from / CHAINS * CHAINS, end = seen.to;
+  F32 best[CHAINS];  // of raw products, which a positive scale keeps in order; short sums: see CHAIN
+  for (F32& x : best) x = splat(EMPTY);
+  for (int j = begin; j < end; j += CHAINS)
 #pragma GCC unroll 4
-    for (int i = 0; i < CHAINS; ++i)
-      if (j + i < seen.to) best[i] = max(masked(load(scores + (j + i) * step) * scale(j + i), j + i), best[i]);
-  const F32 highest = max(max(best[0], best[1]), max(best[2], best[3]));
-  const F32 shift = highest == EMPTY ? splat(0.0f) : highest, keep = exp_negative(load(top) - shift);
+    for (int i = 0; i < CHAINS; ++i) {
+      const F32 x = load(scores + (j + i) * step);
+      best[i] = max(masked(by_key ? x * key_scale[j + i] : x, j + i), best[i]);
+    }
+  const F32 raw = max(max(best[0], best[1]), max(best[2], best[3]));
+  const F32 highest = max(raw * scale, before);
+  const F32 shift = highest == EMPTY ? splat(0.0f) : highest, keep = exp_negative(before - shift);
   F32 sums[CHAINS] = {};
-  const auto weight = [&](int j, F32& total) {
-    const F32 y = exp_above<DOT>(load(scores + j * step), scale(j), shift, [&](F32 x) { return masked(x, j); });
-    total += y;
-    return CODES ? y * value_scale[j] : y;
-  };
-  for (int j = 0; j < count; j += CHAINS) {
+  const auto put = [&](int j, auto&& weight) {
     F32 y[CHAINS];
-    const bool inside = j >= seen.from && j + CHAINS <= seen.to;
 #pragma GCC unroll 4
-    for (int i = 0; i < CHAINS; ++i)
-      y[i] = inside || (j + i >= seen.from && j + i < seen.to) ? weight(j + i, sums[i]) : F32{};
+    for (int i = 0; i < CHAINS; ++i) y[i] = weight(i);
 #pragma GCC unroll 4
     for (int i = 0; i < CHAINS; i += PAIR) store_pairs<DOT>(scores + (j + i) / PAIR * step, y[i], y[i + PAIR - 1]);
-  }
+  };
+  const auto nothing = [](int) { return F32{}; };
+  int j = 0;
+  for (; j < begin; j += CHAINS) put(j, nothing);
+  for (; j < end; j += CHAINS)
+    put(j, [&](int i) {
+      const F32 over = fma(load(scores + (j + i) * step), by_key ? scale * key_scale[j + i] : scale, -shift);
+      const F32 y = exp_negative(masked(over, j + i));
+      sums[i] += y;
+      return CODES ? y * value_scale[j + i] : y;
+    });
+  for (; j < count; j += CHAINS) put(j, nothing);
   store(alpha, keep);
   store(row_total, fma(load(row_total), keep, total(sums)));
   store(top, highest);
@@ -134,10 +145,9 @@ static void many(const Unit& u, const Sizes& s, const Scratch& w, int64_t at, in
   if (next.places) {
     keys_ahead = {next.places->key, KEYS, next_key, next_key + p.head_dim * static_cast<int64_t>(sizeof(T))};
     values_ahead = {next.places->value, KEYS, next_value, next_value + p.value_dim * static_cast<int64_t>(sizeof(T))};
-    // Of few rows the second product has fewer steps than lines.
-    const int64_t lines = KEYS * p.value_dim * static_cast<int64_t>(sizeof(T)) / 64;
-    const int64_t steps = KEYS / PAIR * ((vectors + COLUMNS - 1) / COLUMNS) * blocks;
-    values_ahead.at_once = (lines + steps - 1) / steps;
+    const auto parts = [](int64_t n, int64_t of) { return (n + of - 1) / of; };
+    keys_ahead.in_turns(KEYS / KEY_ROWS * parts(groups, QUERY_VECTORS) * parts(depth, groups == 1 ? 2 * TURN : TURN));
+    values_ahead.in_turns(parts(KEYS / PAIR, TURN) * parts(vectors, COLUMNS) * blocks);
   }
   scores_product<DOT>(key, count, w.q, groups, depth, w.scores, keys_ahead,
                       [&](int64_t g, int j) { return seen[g].to <= j || seen[g].from >= j + KEY_ROWS; });
@@ -151,7 +161,8 @@ static void many(const Unit& u, const Sizes& s, const Scratch& w, int64_t at, in
         store(x, terms.score_of(p, IS_CODE<T> ? load(x) * w.key_scale[j] : load(x), j));
       }
     }
-    const auto soften = seen[g].cut ? soften_rows<DOT, IS_CODE<T>, true> : soften_rows<DOT, IS_CODE<T>, false>;
+    const auto soften =
+        seen[g].cut || count % CHAINS ? soften_rows<DOT, IS_CODE<T>, true> : soften_rows<DOT, IS_CODE<T>, false>;
     soften(p, seen[g], plain, count, w.scores + r, TALL, w.key_scale, w.value_scale, w.top + r, w.total + r,
            w.alpha + r);
   }

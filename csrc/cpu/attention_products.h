@@ -10,29 +10,27 @@ namespace {
 // Registers: 24 sums and what they are made of with 32 of them, 12 with 16.
 inline constexpr int QUERY_VECTORS = 3, KEY_ROWS = W == 16 ? 8 : 4;
 inline constexpr int ROWS = 6, COLUMNS = W == 16 ? 4 : 2;
+inline constexpr int TURN = 8;  // words between two turns of what is to be fetched
 
 // Adds SIDE chains of `length` words, one behind the other, to scores[key][row] of KEY_ROWS keys and N vectors of rows.
 template <bool DOT, int N, int SIDE>
 OP_INLINE void scores_chains(const float* const* key, const float* q, int64_t q_step, int64_t k, int64_t length,
-                             float* scores, int64_t stride, [[maybe_unused]] int64_t between, Fetch& ahead) {
+                             float* scores, int64_t stride, Fetch& ahead) {
   F32 acc[SIDE][KEY_ROWS][N] = {};
-  for (int64_t end = k + length; k < end; ++k) {
-    if constexpr (N > 1) {
-      if (k % 2 == 0) line<2>(ahead);
-    } else if ((k & between) == 0) {
-      lines(ahead);
-    }
+  for (int64_t end = k + length; k < end;) {
+    turn_of(ahead);
+    for (const int64_t stop = least(end, k + TURN); k < stop; ++k)
 #pragma GCC unroll 2
-    for (int side = 0; side < SIDE; ++side) {
-      const int64_t at = k + side * CHAIN<DOT>;
-      F32 row[N];
+      for (int side = 0; side < SIDE; ++side) {
+        const int64_t at = k + side * CHAIN;
+        F32 row[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) row[n] = load(q + at * q_step + n * W);
+        for (int n = 0; n < N; ++n) row[n] = load(q + at * q_step + n * W);
 #pragma GCC unroll 8
-      for (int i = 0; i < KEY_ROWS; ++i)
+        for (int i = 0; i < KEY_ROWS; ++i)
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) acc[side][i][n] = multiply_add<DOT>(key[i] + at, row[n], acc[side][i][n]);
-    }
+          for (int n = 0; n < N; ++n) acc[side][i][n] = multiply_add<DOT>(key[i] + at, row[n], acc[side][i][n]);
+      }
   }
   const bool first = k == length;
 #pragma GCC unroll 8
@@ -47,17 +45,16 @@ OP_INLINE void scores_chains(const float* const* key, const float* q, int64_t q_
 }
 
 // scores[key][row] of KEY_ROWS keys and N vectors of rows: key[i] points to words, q is [word][row]. A lone vector has
-// two chains side by side, as KEY_ROWS sums are fewer than a product's latency asks for, and fetches a key now and then
-// (`between` masks the steps between): its steps are short, and a line at every other one took 3% of the time.
+// two chains side by side, as KEY_ROWS sums are fewer than a product's latency asks for.
 template <bool DOT, int N>
 static void scores_block(const float* const* key, const float* q, int64_t q_step, int64_t words, float* scores,
-                         int64_t stride, int64_t between, Fetch& ahead) {
+                         int64_t stride, Fetch& ahead) {
   int64_t k = 0;
   if constexpr (N == 1 && W == 16)
-    for (; k + 2 * CHAIN<DOT> <= words; k += 2 * CHAIN<DOT>)
-      scores_chains<DOT, N, 2>(key, q, q_step, k, CHAIN<DOT>, scores, stride, between / 2, ahead);
-  for (; k < words; k += CHAIN<DOT>)
-    scores_chains<DOT, N, 1>(key, q, q_step, k, least(CHAIN<DOT>, words - k), scores, stride, between, ahead);
+    for (; k + 2 * CHAIN <= words; k += 2 * CHAIN)
+      scores_chains<DOT, N, 2>(key, q, q_step, k, CHAIN, scores, stride, ahead);
+  for (; k < words; k += CHAIN)
+    scores_chains<DOT, N, 1>(key, q, q_step, k, least(CHAIN, words - k), scores, stride, ahead);
 }
 
 // R rows of c [N vectors] = alpha c + p v over `depth` words: p is [word][row] or, ACROSS, [row][word]; v is
@@ -68,10 +65,9 @@ static void values_block(const float* p, int64_t p_step, const float* v, int64_t
   constexpr int PARTS = WAYS<DOT, N>;
   for (int64_t k = 0; k < depth;) {
     const bool first = k == 0;
-    const int64_t end = least(depth, k + CHAIN<DOT> * PARTS);
+    const int64_t end = least(depth, k + CHAIN * PARTS);
     F32 acc[R][N][PARTS] = {};
     const auto add = [&](int64_t k, int part) {
-      for (int64_t i = 0; i < ahead.at_once; ++i) line<2>(ahead);
       F32 column[N];
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) column[n] = load(v + k * v_step + n * W);
@@ -82,9 +78,12 @@ static void values_block(const float* p, int64_t p_step, const float* v, int64_t
           acc[r][n][part] =
               multiply_add<DOT>(ACROSS ? p + r * p_step + k : p + k * p_step + r, column[n], acc[r][n][part]);
     };
-    for (; k + PARTS <= end; k += PARTS)
+    while (k + PARTS <= end) {
+      turn_of(ahead);
+      for (const int64_t stop = least(end, k + TURN); k + PARTS <= stop; k += PARTS)
 #pragma GCC unroll 4
-      for (int part = 0; part < PARTS; ++part) add(k + part, part);
+        for (int part = 0; part < PARTS; ++part) add(k + part, part);
+    }
     for (; k < end; ++k) add(k, 0);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
@@ -128,8 +127,6 @@ static void values_product(int rows, const float* p, int64_t p_step, const float
 template <bool DOT, class Unseen>
 static void scores_product(const float* const* key, int count, const float* q, int64_t groups, int64_t words,
                            float* scores, Fetch& ahead, Unseen&& unseen) {
-  int64_t between = 0;  // a block fetches as many keys as it has
-  while (2 * (between + 1) * KEY_ROWS <= words) between = 2 * between + 1;
   for (int j = 0; j < count; j += KEY_ROWS) {
     for (int64_t g = 0; g < groups;) {
       if (unseen(g, j)) {
@@ -139,7 +136,7 @@ static void scores_product(const float* const* key, int count, const float* q, i
       int64_t run = 1;
       while (run < QUERY_VECTORS && g + run < groups && !unseen(g + run, j)) ++run;
       const auto block = run == 3 ? scores_block<DOT, 3> : run == 2 ? scores_block<DOT, 2> : scores_block<DOT, 1>;
-      block(key + j, q + g * W, TALL, words, scores + j * TALL + g * W, TALL, between, ahead);
+      block(key + j, q + g * W, TALL, words, scores + j * TALL + g * W, TALL, ahead);
       g += run;
     }
   }

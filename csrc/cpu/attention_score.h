@@ -8,37 +8,30 @@ namespace {
 
 // ---- the exponential of a softmax ----
 
-// e^x for x <= 0 within 1 ulp, exactly 0 from -104 down (without AVX-512 from -87.7), NaN for NaN.
+// e^x for x <= 0 within 1 + |x| ulp, no more than what a rounding of x is worth; 0 for -inf (without AVX-512 below
+// -87.3), NaN for NaN. 2^k times a polynomial of what is above a whole k; with AVX-512 in 10 instructions, as scalef
+// takes the whole part of a number as it is.
 OP_INLINE F32 exp_negative(F32 x) {
+  const F32 exponent = x * 1.44269504f;
 #if defined(__AVX512F__)
-  const F32 bounded = max(splat(-110.0f), x);
+  constexpr int DOWN_TO_WHOLE = 1;
+  const F32 r = _mm512_reduce_ps(exponent, DOWN_TO_WHOLE);
 #else
-  const F32 bounded = max(splat(-88.0f), x);
+  const F32 bounded = max(splat(-126.5f), exponent), k = round_even(bounded - 0.5f), r = bounded - k;
 #endif
-  F32 k;
-  const F32 y = exp_tail(bounded, k) + 1.0f;
+  F32 y = splat(2.16129149e-4f);
+  y = fma(y, r, splat(1.2467847e-3f));
+  y = fma(y, r, splat(9.67544783e-3f));
+  y = fma(y, r, splat(5.54852784e-2f));
+  y = fma(y, r, splat(0.240229294f));
+  y = fma(y, r, splat(0.693147063f));
+  y = fma(y, r, splat(1.0f));
 #if defined(__AVX512F__)
-  return _mm512_scalef_ps(y, k);
+  return _mm512_scalef_ps(y, exponent);
 #else
   return y * as_f32((truncate(x == x ? k : splat(0.0f)) + 127) << 23);
 #endif
 }
-
-inline constexpr float LOG2_E = 1.44269504f;
-
-#if defined(__AVX512F__)
-// 2^x for x <= 0 within 1.3 ulp, 0 for -inf, NaN for NaN, in 8 instructions: scalef takes the whole part of x as it is.
-OP_INLINE F32 exp2_negative(F32 x) {
-  constexpr int DOWN_TO_WHOLE = 1;
-  const F32 r = _mm512_reduce_ps(x, DOWN_TO_WHOLE);
-  F32 y = splat(1.86713005e-3f);
-  y = fma(y, r, splat(9.01703071e-3f));
-  y = fma(y, r, splat(5.57999127e-2f));
-  y = fma(y, r, splat(0.240164444f));
-  y = fma(y, r, splat(0.693151295f));
-  return _mm512_scalef_ps(fma(y, r, splat(1.0f)), x);
-}
-#endif
 
 OP_INLINE F32 tanh(F32 x) {
   const F32 size = x < 0.0f ? -x : x;
@@ -49,19 +42,9 @@ OP_INLINE F32 tanh(F32 x) {
 
 // ---- scores ----
 
-// e^(x scale - shift) after `mask`, scaled and shifted in one rounding, of the difference: that of the product would be
-// an error of the exponent. Weights that become bfloat16 take a power of two.
-template <bool DOT, class Mask>
-OP_INLINE F32 exp_above(F32 x, F32 scale, F32 shift, Mask&& mask) {
-#if defined(__AVX512F__)
-  if constexpr (DOT) return exp2_negative(mask(fma(x, scale * LOG2_E, -shift * LOG2_E)));
-#endif
-  return exp_negative(mask(fma(x, scale, -shift)));
-}
-
 // Nothing but scale, window and causal: scores stay raw products, scaled as they enter the exponential.
 static inline bool is_plain(const Attention& p) {
-  return !(p.softcap > 0 || p.slopes || p.tree || p.mask.kind != MaskKind::none);
+  return p.scale > 0 && !(p.softcap > 0 || p.slopes || p.tree || p.mask.kind != MaskKind::none);
 }
 
 // A vector of raw products as scores: `distance` from query to key, `extra` from fill_bias.

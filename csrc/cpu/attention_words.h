@@ -272,8 +272,7 @@ OP_INLINE F32 words_of(const T* row, int64_t at, int64_t dim) {
 
 // Sums are short chains, or error grows with their length: CHAIN words are added in a row, and a lone column of
 // vectors, which has registers to spare, is summed in WAYS interleaved parts.
-template <bool DOT>
-inline constexpr int64_t CHAIN = DOT ? 32 : 16;
+inline constexpr int64_t CHAIN = 32;
 template <bool DOT, int N>
 inline constexpr int WAYS = !DOT && N == 1 ? 4 : 1;
 
