@@ -13,17 +13,16 @@ struct Fetch {
   const char *const *next, *const *last;
   int64_t from, bytes;
   const char *at, *end;
-  int64_t rows = 0, turns = 1, due = 0;  // of a walk by rows
+  int64_t rows = 0, times = 1, due = 0;  // of a walk by rows
 
   Fetch() : Fetch(nullptr, 0, 0, 0) {}
   Fetch(const char* const* pointers, int64_t count, int64_t from, int64_t to)
       : next(pointers), last(pointers + count), from(from), bytes(to - from), at(nullptr), end(nullptr) {}
 
-  // All rows in so many turns, as evenly as it goes: the lines of a row at once are fewer instructions than line by
-  // line.
-  void in_turns(int64_t count) {
+  // All rows in so many times, as evenly as it goes: a row's lines at once are fewer instructions than line by line.
+  void spread(int64_t count) {
     rows = last - next;
-    turns = count;
+    times = count;
   }
 };
 
@@ -40,8 +39,8 @@ OP_INLINE void line(Fetch& f) {
 }
 
 // Asks for the lines of as many rows as are due.
-OP_INLINE void turn_of(Fetch& f) {
-  for (f.due += f.rows; f.due >= f.turns && f.next != f.last; f.due -= f.turns) {
+OP_INLINE void fetch_due(Fetch& f) {
+  for (f.due += f.rows; f.due >= f.times && f.next != f.last; f.due -= f.times) {
     const char* at = *f.next++ + f.from;
     for (int64_t i = 0; i < f.bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
   }

@@ -162,8 +162,9 @@ static void many(const Unit& u, const Sizes& s, const Scratch& w, int64_t at, in
     keys_ahead = {next.places->key, KEYS, next_key, next_key + p.head_dim * static_cast<int64_t>(sizeof(T))};
     values_ahead = {next.places->value, KEYS, next_value, next_value + p.value_dim * static_cast<int64_t>(sizeof(T))};
     const auto parts = [](int64_t n, int64_t of) { return (n + of - 1) / of; };
-    keys_ahead.in_turns(KEYS / KEY_ROWS * parts(groups, QUERY_VECTORS) * parts(depth, groups == 1 ? 2 * TURN : TURN));
-    values_ahead.in_turns(parts(KEYS / PAIR, TURN) * parts(vectors, COLUMNS) * blocks);
+    keys_ahead.spread(KEYS / KEY_ROWS * parts(groups, QUERY_VECTORS) *
+                      parts(depth, groups == 1 ? 2 * FETCH_EVERY : FETCH_EVERY));
+    values_ahead.spread(parts(KEYS / PAIR, FETCH_EVERY) * parts(vectors, COLUMNS) * blocks);
   }
   scores_product<DOT>(key, count, w.q, groups, depth, w.scores, keys_ahead,
                       [&](int64_t g, int j) { return seen[g].to <= j || seen[g].from >= j + KEY_ROWS; });

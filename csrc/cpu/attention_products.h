@@ -10,7 +10,7 @@ namespace {
 // Registers: 24 sums and what they are made of with 32 of them, 12 with 16.
 inline constexpr int QUERY_VECTORS = 3, KEY_ROWS = W == 16 ? 8 : 4;
 inline constexpr int ROWS = 6, COLUMNS = W == 16 ? 4 : 2;
-inline constexpr int TURN = 8;  // words between two turns of what is to be fetched
+inline constexpr int FETCH_EVERY = 8;  // words of a product
 
 // Adds SIDE chains of `length` words, one behind the other, to scores[key][row] of KEY_ROWS keys and N vectors of rows.
 template <bool DOT, int N, int SIDE>
@@ -18,8 +18,8 @@ OP_INLINE void scores_chains(const float* const* key, const float* q, int64_t q_
                              float* scores, int64_t stride, Fetch& ahead) {
   F32 acc[SIDE][KEY_ROWS][N] = {};
   for (int64_t end = k + length; k < end;) {
-    turn_of(ahead);
-    for (const int64_t stop = least(end, k + TURN); k < stop; ++k)
+    fetch_due(ahead);
+    for (const int64_t stop = least(end, k + FETCH_EVERY); k < stop; ++k)
 #pragma GCC unroll 2
       for (int side = 0; side < SIDE; ++side) {
         const int64_t at = k + side * CHAIN;
@@ -79,8 +79,8 @@ static void values_block(const float* p, int64_t p_step, const float* v, int64_t
               multiply_add<DOT>(ACROSS ? p + r * p_step + k : p + k * p_step + r, column[n], acc[r][n][part]);
     };
     while (k + PARTS <= end) {
-      turn_of(ahead);
-      for (const int64_t stop = least(end, k + TURN); k + PARTS <= stop; k += PARTS)
+      fetch_due(ahead);
+      for (const int64_t stop = least(end, k + FETCH_EVERY); k + PARTS <= stop; k += PARTS)
 #pragma GCC unroll 4
         for (int part = 0; part < PARTS; ++part) add(k + part, part);
     }
