@@ -1,5 +1,9 @@
 // Many rows against a tile of keys. Lanes are rows in the first product and the softmax, so that keys are broadcast
-// from where they lie and nothing is summed across lanes; in the second product lanes are channels, of packed values.
+// from where they lie and nothing is summed across lanes; in the second product lanes are channels, of values that are
+// packed unless they lie as it wants them. From the cache the products run at 94% of the multipliers' rate and the
+// softmax at 6 cycles for 16 scores (AVX-512, float32); a causal prefill of 1024 rows loses another fifth to cold rows
+// of q and out and to the diagonal. Tried without gain: the next unit's rows of q fetched by this one, units of a head
+// in turn, rows or channels outermost in the products, tiles of 192 rows.
 #pragma once
 #include "attention_products.h"
 #include "attention_score.h"
