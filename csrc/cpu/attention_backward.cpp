@@ -205,7 +205,7 @@ class Pair {
       add_to_keys(j, t.probabilities, t.grad + u.from * t.v_step, t.v_step, t.dv, t.dv_lost);
       add_to_keys(j, t.grad_probabilities, t.q + u.from * t.q_step, t.q_step, t.dk, t.dk_lost);
     }
-    Fetch nothing;
+    FetchRows nothing;
     for (int64_t r = 0; r < rows; r += ROWS) {
       const int n = static_cast<int>(least(ROWS, rows - r));
       values_product<false, false>(n, t.grad_probabilities + r, TALL, t.k, t.q_step, count, nullptr,
@@ -245,7 +245,7 @@ class Pair {
   void product(const float* keys, int64_t step, const float* turned, int64_t dim, float* result) const {
     const float* key[KEYS];
     for (int j = 0; j < KEYS; ++j) key[j] = keys + least(j, count - 1) * step;
-    Fetch nothing;
+    FetchRows nothing;
     scores_product<false>(key, count, turned, groups, dim, result, nothing,
                           [&](int64_t g, int j) { return seen[g].to <= j || seen[g].from >= j + KEY_ROWS; });
   }
@@ -254,7 +254,7 @@ class Pair {
   // so far (Kahan 1965): a key that all queries see has more tiles to add than rounding allows.
   void add_to_keys(int64_t j, const float* weights, const float* x, int64_t step, float* sum, float* lost) const {
     const int64_t n = least(ROWS, count - j);
-    Fetch nothing;
+    FetchRows nothing;
     values_product<false, true>(static_cast<int>(n), weights + j * TALL, TALL, x, step, rows, nullptr, t.tile, step,
                                 step / W, nothing);
     for (int64_t d = 0; d < n * step; d += W) {

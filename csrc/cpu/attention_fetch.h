@@ -12,23 +12,21 @@ namespace {
 struct Fetch {
   const char *const *next, *const *last;
   int64_t from, bytes;
-  const char *at, *end;
-  int64_t rows = 0, times = 1, due = 0;  // of a walk by rows
 
   Fetch() : Fetch(nullptr, 0, 0, 0) {}
   Fetch(const char* const* pointers, int64_t count, int64_t from, int64_t to)
-      : next(pointers), last(pointers + count), from(from), bytes(to - from), at(nullptr), end(nullptr) {}
-
-  // All rows in so many times, as evenly as it goes: a row's lines at once are fewer instructions than line by line.
-  void spread(int64_t count) {
-    rows = last - next;
-    times = count;
-  }
+      : next(pointers), last(pointers + count), from(from), bytes(to - from) {}
 };
 
-// Asks for the next line, if there is one; NEAR as __builtin_prefetch counts caches.
+// A line at a time, for work that memory bounds.
+struct FetchLines : Fetch {
+  using Fetch::Fetch;
+  const char *at = nullptr, *end = nullptr;
+};
+
+// NEAR as __builtin_prefetch counts caches.
 template <int NEAR>
-OP_INLINE void line(Fetch& f) {
+OP_INLINE void fetch(FetchLines& f) {
   if (f.at >= f.end) {
     if (f.next == f.last) return;
     f.at = *f.next++ + f.from;
@@ -38,8 +36,16 @@ OP_INLINE void line(Fetch& f) {
   f.at += 64;
 }
 
-// Asks for the lines of as many rows as are due.
-OP_INLINE void fetch_due(Fetch& f) {
+// All lines behind a pointer at once, the pointers in so many times, as evenly as it goes: fewer instructions.
+struct FetchRows : Fetch {
+  int64_t rows = 0, times = 1, due = 0;
+
+  FetchRows() = default;
+  FetchRows(const char* const* pointers, int64_t count, int64_t from, int64_t to, int64_t times)
+      : Fetch(pointers, count, from, to), rows(count), times(times) {}
+};
+
+OP_INLINE void fetch(FetchRows& f) {
   for (f.due += f.rows; f.due >= f.times && f.next != f.last; f.due -= f.times) {
     const char* at = *f.next++ + f.from;
     for (int64_t i = 0; i < f.bytes; i += 64) __builtin_prefetch(at + i, 0, 2);

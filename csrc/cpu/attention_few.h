@@ -40,9 +40,9 @@ OP_INLINE F32 as_floats(I32 x) { return to_f32(x); }
 // there for whole vectors of pairs. APART: each row is of a head of its own, whose keys lie `apart` elements further.
 template <class T, Way WAY, int R, bool APART, bool FETCH>
 OP_INLINE void dots(const float* q, const char* const* key, int64_t offset, int64_t apart, int count, int64_t dim,
-                    float* scores, Fetch& fetched) {
+                    float* scores, FetchLines& fetched) {
   constexpr int SOME = W / R, PER = WAY == Way::floats ? 1 : 2, N = W * PER, LINE = most(N, 64 / sizeof(T));
-  Fetch ahead = fetched;  // here, where it lies in registers
+  FetchLines ahead = fetched;  // here, where it lies in registers
   const auto some = [&](int j) __attribute__((always_inline)) {
     const T* row[SOME];
 #pragma GCC unroll 16
@@ -58,7 +58,7 @@ OP_INLINE void dots(const float* q, const char* const* key, int64_t offset, int6
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           if (APART || r == 0) {
-            if (FETCH && begins) line<NEAR>(ahead);
+            if (FETCH && begins) fetch<NEAR>(ahead);
             y = read(row[i] + (APART ? r * apart : 0), d);
           }
           acc[r * SOME + i] = accumulate<WAY>(x[r], y, acc[r * SOME + i]);
@@ -87,7 +87,7 @@ OP_INLINE void dots(const float* q, const char* const* key, int64_t offset, int6
 // weights of each row, where they are whole numbers.
 template <class T, Way WAY, int R, int N, bool WHOLE, bool FETCH>
 OP_INLINE void weigh_part(const float* p, const char* const* value, int64_t offset, int count, int64_t dim, int64_t at,
-                          const float* alpha, const float* unit, float* c, int64_t c_step, Fetch& ahead) {
+                          const float* alpha, const float* unit, float* c, int64_t c_step, FetchLines& ahead) {
   constexpr bool PAIRED = WAY != Way::floats;
   constexpr int PARTS = WAYS<PAIRED, N>, LINE = most(1, 64 / (W * static_cast<int>(sizeof(T))));  // vectors of 64 bytes
   const auto row = [&](int j) { return reinterpret_cast<const T*>(value[j] + offset); };
@@ -106,7 +106,7 @@ OP_INLINE void weigh_part(const float* p, const char* const* value, int64_t offs
       F32 pair[N];
 #pragma GCC unroll 4
       for (int n = 0; n < N; n += 2) {
-        for (int key = 0; FETCH && n % LINE == 0 && key < 2; ++key) line<NEAR>(ahead);
+        for (int key = 0; FETCH && n % LINE == 0 && key < 2; ++key) fetch<NEAR>(ahead);
         if constexpr (WHOLE && WAY == Way::pairs && std::is_same_v<T, I8>) {
           for (int i = n; i < n + 2; ++i)
             pair[i] = (F32)((U32)load(even + at + i * W) >> 16 | (U32)load(odd + at + i * W));
@@ -129,7 +129,7 @@ OP_INLINE void weigh_part(const float* p, const char* const* value, int64_t offs
       F32 x[N];
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
-        if (FETCH && n % LINE == 0) line<NEAR>(ahead);
+        if (FETCH && n % LINE == 0) fetch<NEAR>(ahead);
         x[n] = read(value, n);
       }
 #pragma GCC unroll 4
@@ -159,8 +159,8 @@ OP_INLINE void weigh_part(const float* p, const char* const* value, int64_t offs
 
 template <class T, Way WAY, int R, bool FETCH>
 OP_INLINE void weigh(const float* p, const char* const* value, int64_t offset, int count, int64_t dim,
-                     const float* alpha, const float* unit, float* c, int64_t c_step, Fetch& fetched) {
-  Fetch ahead = fetched;
+                     const float* alpha, const float* unit, float* c, int64_t c_step, FetchLines& fetched) {
+  FetchLines ahead = fetched;
   constexpr int WIDE = W >= 16 ? 4 : 2, NARROW = WAY == Way::floats ? 1 : 2;
   int64_t at = 0;
   for (; at + WIDE * W <= dim; at += WIDE * W)
@@ -256,12 +256,12 @@ static int block_of(const Attention& p) {
 
 // What lies a block or a tile behind keys [j, j + block) of the tile, of some of the unit's heads.
 template <class T>
-static Fetch behind(const Heads& x, int64_t dim, const char* const* now, const char* const* then, int j, int count,
-                    int block, int64_t head, int64_t heads) {
+static FetchLines behind(const Heads& x, int64_t dim, const char* const* now, const char* const* then, int j, int count,
+                         int block, int64_t head, int64_t heads) {
   const int64_t from = x.head * head * sizeof(T), bytes = (x.head * (heads - 1) + dim) * sizeof(T);
   const int at = j + (heads > 1 ? block : KEYS);
-  if (at < KEYS) return Fetch(now + at, most(0, least(block, count - at)), from, from + bytes);
-  return then ? Fetch(then + at - KEYS, block, from, from + bytes) : Fetch();
+  if (at < KEYS) return FetchLines(now + at, most(0, least(block, count - at)), from, from + bytes);
+  return then ? FetchLines(then + at - KEYS, block, from, from + bytes) : FetchLines();
 }
 
 template <class T, Way WAY>
@@ -272,7 +272,7 @@ static void few(const Unit& u, const Sizes& s, const Scratch& w, int64_t at, int
   const auto walk = [&](const Heads& x, int64_t dim, const char* const* now, const char* const* then, int block,
                         auto&& visit) {
     const bool joined = x.head == dim;  // the heads of a token: one run of memory
-    Fetch ahead;
+    FetchLines ahead;
     for (int j = 0; j < count; j += block)
       for (int64_t head = 0; head < heads;) {
         if (head == 0 || !joined)
@@ -297,7 +297,7 @@ static void few(const Unit& u, const Sizes& s, const Scratch& w, int64_t at, int
   const int block = block_of<T, WAY>(p);
   const int64_t lines = rows == 1 ? heads : rows;
   const int pairs = W / (lines % 4 == 0 ? 4 : lines % 2 == 0 ? 2 : 1);  // keys that the last rows are taken with
-  const auto products = [&](int j, int n, int64_t head, int64_t offset, Fetch& ahead) -> int64_t {
+  const auto products = [&](int j, int n, int64_t head, int64_t offset, FetchLines& ahead) -> int64_t {
     const auto dots_of = [&](auto R, auto apart, auto first, int64_t state) {
       dots<T, WAY, R, apart, first>(w.q + state * s.q_step, w.now->key + j, offset, p.k.head, n, p.head_dim,
                                     w.scores + state * KEYS + j, ahead);
@@ -312,7 +312,7 @@ static void few(const Unit& u, const Sizes& s, const Scratch& w, int64_t at, int
   };
   walk(p.k, p.head_dim, w.now->key, w.then->key, most(block, pairs), products);
   walk(p.v, p.value_dim, w.now->value, w.then->value, block,
-       [&](int j, int n, int64_t head, int64_t offset, Fetch& ahead) -> int64_t {
+       [&](int j, int n, int64_t head, int64_t offset, FetchLines& ahead) -> int64_t {
          by_rows(rows, [&](auto R, auto first, int64_t r) {
            const int64_t state = head * rows + r;
            weigh<T, WAY, R, first>(w.scores + state * KEYS + (WAY == Way::floats ? j : j / 2), w.now->value + j, offset,

@@ -59,7 +59,7 @@ static bool lie_as_packed(const Unit& u) {
 
 // ---- the softmax ----
 
-constexpr int CHAINS = 4;  // of keys
+constexpr int CHAINS = 4;  // sums and maxima side by side, each of every fourth key
 static_assert(KEYS % CHAINS == 0);
 
 // Weights of one key, or with DOT of two, beside each other in a word.
@@ -161,14 +161,14 @@ static void many(const Unit& u, const Sizes& s, const Scratch& w, int64_t at, in
     pack_values<T, DOT>([&](int j) { return reinterpret_cast<const T*>(w.now->value[j] + value_bytes); }, count,
                         p.value_dim, s.c_step, w.values);
   }
-  Fetch keys_ahead, values_ahead;
+  FetchRows keys_ahead, values_ahead;
   if (next.places) {
-    keys_ahead = {next.places->key, KEYS, next_key, next_key + p.head_dim * static_cast<int64_t>(sizeof(T))};
-    values_ahead = {next.places->value, KEYS, next_value, next_value + p.value_dim * static_cast<int64_t>(sizeof(T))};
     const auto parts = [](int64_t n, int64_t of) { return (n + of - 1) / of; };
-    keys_ahead.spread(KEYS / KEY_ROWS * parts(groups, QUERY_VECTORS) *
-                      parts(depth, groups == 1 ? 2 * FETCH_EVERY : FETCH_EVERY));
-    values_ahead.spread(parts(KEYS / PAIR, FETCH_EVERY) * parts(vectors, COLUMNS) * blocks);
+    keys_ahead = {
+        next.places->key, KEYS, next_key, next_key + p.head_dim * static_cast<int64_t>(sizeof(T)),
+        KEYS / KEY_ROWS * parts(groups, QUERY_VECTORS) * parts(depth, groups == 1 ? 2 * FETCH_EVERY : FETCH_EVERY)};
+    values_ahead = {next.places->value, KEYS, next_value, next_value + p.value_dim * static_cast<int64_t>(sizeof(T)),
+                    parts(KEYS / PAIR, FETCH_EVERY) * parts(vectors, COLUMNS) * blocks};
   }
   scores_product<DOT>(key, count, w.q, groups, depth, w.scores, keys_ahead,
                       [&](int64_t g, int j) { return seen[g].to <= j || seen[g].from >= j + KEY_ROWS; });

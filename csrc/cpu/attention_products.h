@@ -15,10 +15,10 @@ inline constexpr int FETCH_EVERY = 8;  // words of a product
 // Adds SIDE chains of `length` words, one behind the other, to scores[key][row] of KEY_ROWS keys and N vectors of rows.
 template <bool DOT, int N, int SIDE>
 OP_INLINE void scores_chains(const float* const* key, const float* q, int64_t q_step, int64_t k, int64_t length,
-                             float* scores, int64_t stride, Fetch& ahead) {
+                             float* scores, int64_t stride, FetchRows& ahead) {
   F32 acc[SIDE][KEY_ROWS][N] = {};
   for (int64_t end = k + length; k < end;) {
-    fetch_due(ahead);
+    fetch(ahead);
     for (const int64_t stop = least(end, k + FETCH_EVERY); k < stop; ++k)
 #pragma GCC unroll 2
       for (int side = 0; side < SIDE; ++side) {
@@ -48,7 +48,7 @@ OP_INLINE void scores_chains(const float* const* key, const float* q, int64_t q_
 // two chains side by side, as KEY_ROWS sums are fewer than a product's latency asks for.
 template <bool DOT, int N>
 static void scores_block(const float* const* key, const float* q, int64_t q_step, int64_t words, float* scores,
-                         int64_t stride, Fetch& ahead) {
+                         int64_t stride, FetchRows& ahead) {
   int64_t k = 0;
   if constexpr (N == 1 && W == 16)
     for (; k + 2 * CHAIN <= words; k += 2 * CHAIN)
@@ -61,7 +61,7 @@ static void scores_block(const float* const* key, const float* q, int64_t q_step
 // [word][channel]. alpha null: c is not read.
 template <bool DOT, bool ACROSS, int R, int N>
 static void values_block(const float* p, int64_t p_step, const float* v, int64_t v_step, int64_t depth,
-                         const float* alpha, float* c, int64_t c_step, Fetch& ahead) {
+                         const float* alpha, float* c, int64_t c_step, FetchRows& ahead) {
   constexpr int PARTS = WAYS<DOT, N>;
   for (int64_t k = 0; k < depth;) {
     const bool first = k == 0;
@@ -79,7 +79,7 @@ static void values_block(const float* p, int64_t p_step, const float* v, int64_t
               multiply_add<DOT>(ACROSS ? p + r * p_step + k : p + k * p_step + r, column[n], acc[r][n][part]);
     };
     while (k + PARTS <= end) {
-      fetch_due(ahead);
+      fetch(ahead);
       for (const int64_t stop = least(end, k + FETCH_EVERY); k + PARTS <= stop; k += PARTS)
 #pragma GCC unroll 4
         for (int part = 0; part < PARTS; ++part) add(k + part, part);
@@ -101,7 +101,7 @@ static void values_block(const float* p, int64_t p_step, const float* v, int64_t
 
 template <bool DOT, bool ACROSS, int N>
 static void values_block_of(int rows, const float* p, int64_t p_step, const float* v, int64_t v_step, int64_t depth,
-                            const float* alpha, float* c, int64_t c_step, Fetch& ahead) {
+                            const float* alpha, float* c, int64_t c_step, FetchRows& ahead) {
   switch (rows) {
     case 6: return values_block<DOT, ACROSS, 6, N>(p, p_step, v, v_step, depth, alpha, c, c_step, ahead);
     case 5: return values_block<DOT, ACROSS, 5, N>(p, p_step, v, v_step, depth, alpha, c, c_step, ahead);
@@ -115,7 +115,7 @@ static void values_block_of(int rows, const float* p, int64_t p_step, const floa
 // Up to ROWS rows of c [vectors] = alpha c + p v.
 template <bool DOT, bool ACROSS>
 static void values_product(int rows, const float* p, int64_t p_step, const float* v, int64_t v_step, int64_t depth,
-                           const float* alpha, float* c, int64_t c_step, int64_t vectors, Fetch& ahead) {
+                           const float* alpha, float* c, int64_t c_step, int64_t vectors, FetchRows& ahead) {
   int64_t d = 0;
   for (; d + COLUMNS <= vectors; d += COLUMNS)
     values_block_of<DOT, ACROSS, COLUMNS>(rows, p, p_step, v + d * W, v_step, depth, alpha, c + d * W, c_step, ahead);
@@ -126,7 +126,7 @@ static void values_product(int rows, const float* p, int64_t p_step, const float
 // scores[key][row] of `count` keys and the groups of W rows that `unseen(group, key)` lets pass.
 template <bool DOT, class Unseen>
 static void scores_product(const float* const* key, int count, const float* q, int64_t groups, int64_t words,
-                           float* scores, Fetch& ahead, Unseen&& unseen) {
+                           float* scores, FetchRows& ahead, Unseen&& unseen) {
   for (int j = 0; j < count; j += KEY_ROWS) {
     for (int64_t g = 0; g < groups;) {
       if (unseen(g, j)) {
