@@ -211,9 +211,9 @@ class Scratch {
   void* data_ = nullptr;
 };
 
-// What a call's checks and its choice of a backend may depend on, as bytes: of tensors dtype, device, shape and
-// strides, of plain Python values, dtypes and devices all. `add` is false where that does not say it all: a tensor that
-// is no plain one or requires a gradient (where gradients are on), any other object.
+// What a call's checks and its choice of a backend may depend on, as bytes: of tensors dtype, device, shape, strides
+// and, where gradients are on, whether one is required; of plain Python values, dtypes and devices all. `add` is false
+// where that does not say it all: a tensor that is no plain one, any other object.
 class Signature {
  public:
   explicit Signature(bool gradients) : gradients_(gradients) {}
@@ -251,9 +251,8 @@ class Signature {
     if (gradients_) {
       static PyObject* name = PyUnicode_InternFromString("requires_grad");
       PyObject* required = PyObject_GetAttr(x, name);
-      const bool plain = required == Py_False;
       Py_XDECREF(required);
-      if (!plain) return false;
+      if (!required || (required == Py_True && !put('G'))) return false;
     }
     Array a;
     a.read(x);

@@ -166,6 +166,12 @@ def test_a_gradient_is_still_given_and_a_backend_still_obeyed():
     plain = onepass.attention(q, k, v)
     out = onepass.attention(q.requires_grad_(), k, v)
     assert out.requires_grad and not plain.requires_grad
+    kept = len(_ops._kept)
+    again = onepass.attention(q, k, v)
+    assert again.requires_grad and len(_ops._kept) == kept      # a step of training is like the one before
+    assert torch.equal(torch.autograd.grad(out.sum(), q)[0], torch.autograd.grad(again.sum(), q)[0])
+    assert not onepass.attention(q.detach(), k, v).requires_grad
+    assert onepass.attention(q.detach(), k, v.requires_grad_()).requires_grad
     with torch.no_grad():
         assert not onepass.attention(q, k, v).requires_grad
     for backend in ("reference", "cpu"):
@@ -186,7 +192,8 @@ def test_a_call_that_is_not_plain_has_no_signature():
     for other in (*odd, [1], 2**70, object()):
         assert _ops.signature(other) is None
     leaf = x.clone().requires_grad_()
-    assert _ops.signature(leaf) is None
+    assert None is not _ops.signature(leaf) != _ops.signature(x)
+    assert _ops.signature(leaf, x) != _ops.signature(x, leaf)
     with torch.no_grad():
         assert _ops.signature(leaf) == _ops.signature(x) != _ops.signature(x.half())
     seen = []
