@@ -12,7 +12,9 @@ inline constexpr int QUERY_VECTORS = 3, KEY_ROWS = W == 16 ? 8 : 4;
 inline constexpr int ROWS = 6, COLUMNS = W == 16 ? 4 : 2;
 inline constexpr int FETCH_EVERY = 8;  // words of a product
 
-// Adds SIDE chains of `length` words, one behind the other, to scores[key][row] of KEY_ROWS keys and N vectors of rows.
+inline constexpr int64_t BESIDE = CHAIN / 2;  // words of a chain that has another beside it
+
+// Adds a chain of `length` words, or SIDE of BESIDE words, to scores[key][row] of KEY_ROWS keys and N vectors of rows.
 template <bool DOT, int N, int SIDE>
 OP_INLINE void scores_chains(const float* const* key, const float* q, int64_t q_step, int64_t k, int64_t length,
                              float* scores, int64_t stride, FetchRows& ahead) {
@@ -22,7 +24,7 @@ OP_INLINE void scores_chains(const float* const* key, const float* q, int64_t q_
     for (const int64_t stop = least(end, k + FETCH_EVERY); k < stop; ++k)
 #pragma GCC unroll 2
       for (int side = 0; side < SIDE; ++side) {
-        const int64_t at = k + side * CHAIN;
+        const int64_t at = k + side * BESIDE;
         F32 row[N];
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) row[n] = load(q + at * q_step + n * W);
@@ -51,8 +53,8 @@ static void scores_block(const float* const* key, const float* q, int64_t q_step
                          int64_t stride, FetchRows& ahead) {
   int64_t k = 0;
   if constexpr (N == 1 && W == 16)
-    for (; k + 2 * CHAIN <= words; k += 2 * CHAIN)
-      scores_chains<DOT, N, 2>(key, q, q_step, k, CHAIN, scores, stride, ahead);
+    for (; k + 2 * BESIDE <= words; k += 2 * BESIDE)
+      scores_chains<DOT, N, 2>(key, q, q_step, k, BESIDE, scores, stride, ahead);
   for (; k < words; k += CHAIN)
     scores_chains<DOT, N, 1>(key, q, q_step, k, least(CHAIN, words - k), scores, stride, ahead);
 }
