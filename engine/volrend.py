@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
-from ._ops import call
+from ._ops import keep, recall, route, signature
 from .reference.volrend import DEPTHS, offsets_error
 
 
@@ -56,6 +56,33 @@ def composite(
     Raises ValueError or TypeError where shapes, dtypes, devices or options do not fit, and where ray_offsets on the
     CPU do not ascend from 0 to the number of samples.
     """
+    given = signature(
+        "composite", sigmas, features, t_starts, t_ends, alphas, ray_offsets, background, early_stop_eps, prefix_trans,
+        depth, return_weights, distortion, tuple(out) if isinstance(out, tuple) else out, backend,
+    )
+    if (run := recall(given)) is None:
+        _check(
+            sigmas, features, t_starts, t_ends, alphas, ray_offsets, background, early_stop_eps, prefix_trans, depth,
+            return_weights, distortion, out,
+        )
+    if ray_offsets is not None:
+        _check_offsets(ray_offsets, features.shape[0])
+    args = (
+        sigmas, features, t_starts, t_ends, alphas, ray_offsets, background, prefix_trans, float(early_stop_eps), depth,
+        return_weights, distortion,
+    )
+    if run is None:
+        run = route("composite", args, backend)
+        keep(given, run)
+    color, expected, opacity, weights, spread = run(*args) if out is None else run(*args, out=tuple(out))
+    return Rendering(color, expected, opacity, weights if return_weights else None, spread if distortion else None)
+
+
+def _check(
+    sigmas: Tensor | None, features: Tensor, t_starts: Tensor, t_ends: Tensor, alphas: Tensor | None,
+    ray_offsets: Tensor | None, background: Tensor | None, early_stop_eps: float, prefix_trans: Tensor | None,
+    depth: str, return_weights: bool, distortion: bool, out: Any,
+) -> None:
     if (sigmas is None) == (alphas is None):
         given = "neither is" if sigmas is None else "both are"
         raise ValueError(f"sigmas and alphas: {given} given, expected exactly one of them")
@@ -99,12 +126,6 @@ def composite(
         shapes = ((n_rays, channels), (n_rays,), (n_rays,), tuple(density.shape), (n_rays,))
         dtypes = (features.dtype, t_starts.dtype, density.dtype, density.dtype, t_starts.dtype)
         _check_out(out, wanted, shapes, dtypes, density.device)
-    results = call(
-        "composite", sigmas, features, t_starts, t_ends, alphas, ray_offsets, background, prefix_trans,
-        float(early_stop_eps), depth, return_weights, distortion, backend=backend,
-        out=None if out is None else tuple(out),
-    )
-    return Rendering(*results[:3], *(x if want else None for x, want in zip(results[3:], wanted[3:], strict=True)))
 
 
 def _check_samples(name: str, density: Tensor, ray_offsets: Tensor | None) -> int:
@@ -123,11 +144,15 @@ def _check_samples(name: str, density: Tensor, ray_offsets: Tensor | None) -> in
     if ray_offsets.dim() != 1 or ray_offsets.shape[0] < 1:
         raise ValueError(f"ray_offsets has shape {tuple(ray_offsets.shape)}, expected (n_rays + 1,)")
     _is_on("ray_offsets", ray_offsets, name, density)
-    # In host memory the implementations look at the values, once; on a device the kernels cut off what is out of range.
-    device = not check.on_host(ray_offsets) and check.checkable(ray_offsets)
-    if device and (why := offsets_error(ray_offsets.cpu(), density.shape[0])):
-        raise ValueError(why)
     return ray_offsets.shape[0] - 1
+
+
+def _check_offsets(ray_offsets: Tensor, total: int) -> None:
+    """Of a device's offsets the values, where they may be read: the kernels cut off what is out of range. In host
+    memory the implementations look at them, once."""
+    device = not check.on_host(ray_offsets) and check.checkable(ray_offsets)
+    if device and (why := offsets_error(ray_offsets.cpu(), total)):
+        raise ValueError(why)
 
 
 def _is_on(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

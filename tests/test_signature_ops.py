@@ -1,5 +1,5 @@
-"""As test_signature.py, of the ops that draw: what a signature leaves out is looked at each time; what lies otherwise
-than a kernel reads is copied, and nothing else."""
+"""As test_signature.py, of all ops but attention: what a signature leaves out is looked at each time; what lies
+otherwise than a kernel reads is copied, and nothing else."""
 from __future__ import annotations
 
 import pytest
@@ -51,6 +51,19 @@ def every_call():
     state = multistep.new_state(mean)
     yield onepass.denoise_step(mean, logvar, multistep, 0, state=state)
     yield state
+    for weight in (0.25, torch.tensor(0.5), torch.linspace(0, 1, 4, dtype=torch.float64)):
+        yield onepass.lerp(mean, logvar, weight)
+        yield onepass.lerp(mean, logvar.mT.contiguous().mT, weight, out=torch.empty(4, 5, 6).mT)
+        yield onepass.slerp(mean, logvar, weight)
+        yield onepass.slerp(mean, logvar.mT.contiguous().mT, weight, dim=1)
+    yield onepass.slerp(mean, logvar, 0.5, dim=[0, -1])
+    yield onepass.slerp(mean[0, 0], logvar[0, 0], 0.5)
+    colors, behind = inputs(2, (4, 6, 3)).sigmoid()
+    for options in ({}, {"background": behind[0, 0], "depth": "median"}, {"return_weights": True, "distortion": True}):
+        yield from (x for x in onepass.composite(DENSITY, colors, TIMES, TIMES + 1, **options) if x is not None)
+        yield from (x for x in onepass.composite(
+            DENSITY.flatten(), colors.flatten(0, 1), TIMES.flatten(), TIMES.flatten() + 1, ray_offsets=OFFSETS,
+            early_stop_eps=0.1, **options) if x is not None)
 
 
 @pytest.mark.parametrize("by_attributes", [False, True])
@@ -67,6 +80,8 @@ def test_both_ways_through_a_function_agree(by_attributes):
 
 
 MEAN, LOGVAR = inputs(2)
+DENSITY, TIMES = inputs(1, (4, 6))[0].exp(), torch.arange(6.0).expand(4, 6)
+OFFSETS = torch.tensor([0, 5, 5, 20, 24])
 PLAN, MULTISTEP = plans.ddim(8), plans.dpmpp_2m(8)
 STATE = MULTISTEP.new_state(MEAN)
 BAD = {
@@ -92,6 +107,27 @@ BAD = {
         {"plan": MULTISTEP, "state": STATE[:, :0]}, {"mask": MEAN > 0}, {"known": MEAN}, {"out": MEAN[:2].clone()},
         {"noise": MEAN, "seed": 1}, {"mask": MEAN, "known": LOGVAR[0]},
     ]),
+    "lerp": (lambda **o: onepass.lerp(**{"start": MEAN, "end": LOGVAR, "weight": 0.5} | o), [
+        {"weight": "a"}, {"weight": True}, {"weight": torch.arange(4)}, {"weight": torch.rand(3)}, {"end": LOGVAR[:2]},
+        {"end": LOGVAR.double()}, {"start": MEAN.int()}, {"out": torch.empty(4, 6)},
+    ]),
+    "slerp": (lambda **o: onepass.slerp(**{"start": MEAN, "end": LOGVAR, "weight": 0.5} | o), [
+        {"dim": 3}, {"dim": (1, -4)}, {"dim": 0, "weight": torch.rand(4)}, {"weight": None}, {"end": LOGVAR[0]},
+        {"start": MEAN.sum(), "end": LOGVAR.sum()}, {"out": torch.empty(4, 6)},
+    ]),
+    "composite": (lambda **o: onepass.composite(**{
+        "sigmas": DENSITY, "features": torch.ones(4, 6, 3), "t_starts": TIMES, "t_ends": TIMES + 1} | o), [
+        {"sigmas": None}, {"alphas": DENSITY}, {"sigmas": DENSITY[:3]}, {"features": MEAN[:, :5]}, {"t_ends": TIMES[0]},
+        {"t_starts": TIMES.double()}, {"background": torch.ones(4)}, {"prefix_trans": torch.ones(3)}, {"depth": "mean"},
+        {"early_stop_eps": 2.0}, {"early_stop_eps": True}, {"early_stop_eps": None}, {"out": (None,) * 4},
+        {"out": (None, None, None, DENSITY, None)}, {"ray_offsets": OFFSETS},
+    ]),
+    "composite of packed rays": (lambda **o: onepass.composite(**{
+        "sigmas": DENSITY.flatten(), "features": torch.ones(24, 3), "t_starts": TIMES.flatten(),
+        "t_ends": TIMES.flatten() + 1, "ray_offsets": OFFSETS} | o), [
+        {"ray_offsets": OFFSETS.int()}, {"ray_offsets": OFFSETS[:4]}, {"ray_offsets": OFFSETS.flip(0)},
+        {"ray_offsets": OFFSETS + 1}, {"ray_offsets": OFFSETS[None]}, {"ray_offsets": None},
+    ]),
 }
 
 
@@ -111,7 +147,9 @@ def test_numbers_are_no_part_of_a_signature():
         onepass.reparameterize(MEAN, LOGVAR, seed=n, stream=n, offset=n)
         onepass.gumbel_softmax(MEAN, 1.0 + n, seed=n)
         onepass.denoise_step(MEAN, (LOGVAR, MEAN), PLAN, n, guidance=1.0 + n)
-    assert len(_ops._kept) == 4
+        onepass.lerp(MEAN, LOGVAR, 0.1 * n)
+        onepass.slerp(MEAN, LOGVAR, 0.1 * n)
+    assert len(_ops._kept) == 6
 
 
 def test_what_torch_takes_as_default_is_looked_at():
