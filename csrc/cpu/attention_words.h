@@ -271,8 +271,8 @@ OP_INLINE F32 words_of(const T* row, int64_t at, int64_t dim) {
 }
 
 // Sums are short chains, or error grows with their length: CHAIN words are added in a row, and a lone column of
-// vectors, which has registers to spare, is summed in WAYS interleaved parts. Half of CHAIN took 1.03 times as long, for
-// an RMS error in float32 of 0.4 to 0.8 of PyTorch's in place of 0.4 to 1.0.
+// vectors, which has registers to spare, is summed in WAYS interleaved parts. Half of CHAIN took 1.03 times as long,
+// for an RMS error in float32 of 0.4 to 0.8 of PyTorch's in place of 0.4 to 1.0.
 inline constexpr int64_t CHAIN = 64;
 template <bool DOT, int N>
 inline constexpr int WAYS = !DOT && N == 1 ? 4 : 1;
