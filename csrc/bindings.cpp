@@ -170,16 +170,18 @@ void bind_sampling(py::module_& m) {
 }
 
 void bind_interpolate(py::module_& m) {
-  m.def("interpolate_forward", [](const Interpolate& p, Pointer out, Pointer partial) {
-    py::gil_scoped_release nogil;
-    kernels.interpolate.forward(p, at<void>(out), at<PairSums>(partial));
-  });
-  m.def("interpolate_backward",
-        [](const Interpolate& p, Pointer start, Pointer end, Pointer weights, Pointer vectors, Pointer partial) {
-          const InterpolateGradOut out{at<void>(start), at<void>(end), at<float>(weights), at<double>(vectors)};
-          py::gil_scoped_release nogil;
-          kernels.interpolate.backward(p, out, at<PairSums>(partial));
-        });
+  def_interpolate<int>(
+      m, interpolate_workspace,
+      [](Interpolate p, void* out, void* partial, int num_threads) {
+        p.num_threads = num_threads;
+        py::gil_scoped_release nogil;
+        kernels.interpolate.forward(p, out, static_cast<PairSums*>(partial));
+      },
+      [](Interpolate p, const InterpolateGradOut& out, void* partial, int num_threads) {
+        p.num_threads = num_threads;
+        py::gil_scoped_release nogil;
+        kernels.interpolate.backward(p, out, static_cast<PairSums*>(partial));
+      });
 }
 
 void bind_denoise(py::module_& m) {

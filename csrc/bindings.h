@@ -9,10 +9,9 @@
 #include <tuple>
 #include <utility>
 
-#include "bindings_sampling.h"
+#include "bindings_interpolate.h"
 #include "onepass/attention.h"
 #include "onepass/attention_merge.h"
-#include "onepass/interpolate.h"
 #include "onepass/volrend.h"
 
 namespace onepass::bindings {
@@ -24,26 +23,6 @@ using Pointer = uintptr_t;  // tensor.data_ptr(); 0 where there is no tensor
 template <class T>
 T* at(Pointer p) {
   return reinterpret_cast<T*>(p);
-}
-
-inline void bind_interpolate_call(py::module_& m) {
-  py::class_<Interpolate>(m, "Interpolate", py::module_local())
-      .def(py::init([](int64_t rows, int64_t groups, int64_t length, int dtype, Pointer start, int64_t start_step,
-                       Pointer end, int64_t end_step, Pointer grad, int64_t grad_step, float weight, Pointer weights,
-                       int64_t weight_step, bool arc, int num_threads) {
-        return Interpolate{rows,
-                           groups,
-                           length,
-                           static_cast<DType>(dtype),
-                           {at<const void>(start), start_step},
-                           {at<const void>(end), end_step},
-                           {at<const void>(grad), grad_step},
-                           weight,
-                           at<const float>(weights),
-                           weight_step,
-                           arc,
-                           num_threads};
-      }));
 }
 
 // Of [B, S, H, D], or of ragged rows [total, H, D].
@@ -243,10 +222,7 @@ inline void bind_calls(py::module_& m) {
       "signature", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(signature)), METH_FASTCALL, nullptr};
   PyModule_AddObject(m.ptr(), "signature", PyCFunction_New(&signature_method, nullptr));
   m.def("cache_fits", cache_fits);
-  m.attr("INTERPOLATE_TILE") = INTERPOLATE_TILE;
-  m.attr("PAIR_SUMS") = sizeof(PairSums) / sizeof(double);
   bind_attention_call(m);
-  bind_interpolate_call(m);
   bind_composite_call(m);
 }
 

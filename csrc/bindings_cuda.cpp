@@ -30,15 +30,14 @@ void bind_sampling(py::module_& m) {
 }
 
 void bind_interpolate(py::module_& m) {
-  m.def("interpolate_workspace", cuda::interpolate_workspace);
-  m.def("interpolate_forward", [](const Interpolate& p, Pointer out, Pointer partial, const Place& place) {
-    cuda::interpolate_forward(p, at<void>(out), at<void>(partial), on(place));
-  });
-  m.def("interpolate_backward", [](const Interpolate& p, Pointer start, Pointer end, Pointer weights, Pointer vectors,
-                                   Pointer partial, const Place& place) {
-    cuda::interpolate_backward(p, {at<void>(start), at<void>(end), at<float>(weights), at<double>(vectors)},
-                               at<void>(partial), on(place));
-  });
+  def_interpolate<Place>(
+      m, cuda::interpolate_workspace,
+      [](const Interpolate& p, void* out, void* partial, const Place& place) {
+        cuda::interpolate_forward(p, out, partial, on(place));
+      },
+      [](const Interpolate& p, const InterpolateGradOut& out, void* partial, const Place& place) {
+        cuda::interpolate_backward(p, out, partial, on(place));
+      });
 }
 
 void bind_denoise(py::module_& m) {

@@ -12,8 +12,6 @@ compiler: str
 attention_isa: str
 usable_isas: list[str]
 has_cuda: bool
-INTERPOLATE_TILE: int
-PAIR_SUMS: int
 
 def signature(gradients: bool, /, *arguments: Any) -> bytes | None: ...
 def read_by_attributes(on: bool, /) -> None: ...
@@ -45,18 +43,13 @@ def latent_backward(
 def gumbel_softmax(
     logits: Tensor, grad: Tensor | None, key: _Key, tau: float, hard: bool, out: Tensor, num_threads: int, /
 ) -> None: ...
-
-class Interpolate:
-    def __init__(
-        self, rows: int, groups: int, length: int, dtype: int, start: int, start_step: int, end: int, end_step: int,
-        grad: int, grad_step: int, weight: float, weights: int, weight_step: int, arc: bool, num_threads: int, /,
-    ) -> None: ...
-
-def interpolate_forward(call: Interpolate, out: int, partial: int, /) -> None: ...
+def interpolate_forward(
+    start: Tensor, end: Tensor, weight: float, weights: Tensor | None, arc: bool, out: Tensor, num_threads: int, /
+) -> int: ...
 def interpolate_backward(
-    call: Interpolate, start: int, end: int, weights: int, vectors: int, partial: int, /
-) -> None: ...
-
+    start: Tensor, end: Tensor, grad: Tensor, weight: float, weights: Tensor | None, arc: bool, to_start: Tensor,
+    to_end: Tensor, to_weights: Tensor | None, num_threads: int, /,
+) -> int: ...
 def denoise_step(
     sample: Tensor, model: Tensor, cond: Tensor | None, noise: Tensor | None, known: Tensor | None, mask: Tensor | None,
     mask_step: int, period: int, table: Tensor, step: int, steps: Tensor | None, guidance: float,

@@ -27,9 +27,9 @@ void path(const Interpolate& p, const InterpolateGradOut& out, void* partial, co
 
 }  // namespace
 
-int64_t interpolate_workspace(int64_t length) {
-  const int64_t tiles = length > WHOLE_VECTOR ? (length + PATH_TILE - 1) / PATH_TILE : 0;
-  return static_cast<int64_t>(sizeof(Part)) * (tiles < MOST_PARTS ? tiles : MOST_PARTS);
+int64_t interpolate_workspace(const Interpolate& p) {
+  const int64_t tiles = p.length > WHOLE_VECTOR ? (p.length + PATH_TILE - 1) / PATH_TILE : 0;
+  return p.vectors() * static_cast<int64_t>(sizeof(Part)) * (tiles < MOST_PARTS ? tiles : MOST_PARTS);
 }
 
 void interpolate_forward(const Interpolate& p, void* out, void* partial, const Stream& stream) {

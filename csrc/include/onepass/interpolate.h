@@ -41,11 +41,16 @@ struct InterpolateGradOut {
   double* vectors;    // where weights is wanted: a number for each vector
 };
 
-// Elements of a vector that are summed together; a longer one has ceil(length / INTERPOLATE_TILE) partial sums.
-inline constexpr int64_t INTERPOLATE_TILE = 4096;
+inline constexpr int64_t INTERPOLATE_TILE = 4096;  // elements of a vector that are summed together
+
+// Bytes of `partial` for a call of the CPU's kernels that sums: a place for each tile of a vector that has several.
+inline int64_t interpolate_workspace(const Interpolate& p) {
+  const int64_t tiles = (p.length + INTERPOLATE_TILE - 1) / INTERPOLATE_TILE;
+  return tiles > 1 ? tiles * static_cast<int64_t>(sizeof(PairSums)) : 0;
+}
 
 struct InterpolateKernels {
-  // out contiguous; partial has a place for each tile of a vector, null where it has one.
+  // out contiguous; partial of interpolate_workspace.
   void (*forward)(const Interpolate&, void* out, PairSums* partial);
   void (*backward)(const Interpolate&, const InterpolateGradOut&, PairSums* partial);
 };
@@ -53,7 +58,7 @@ struct InterpolateKernels {
 ONEPASS_KERNELS(InterpolateKernels, interpolate)
 
 namespace cuda {
-int64_t interpolate_workspace(int64_t length);  // bytes of `partial` for each vector
+int64_t interpolate_workspace(const Interpolate&);  // bytes of `partial`
 void interpolate_forward(const Interpolate&, void* out, void* partial, const Stream&);
 void interpolate_backward(const Interpolate&, const InterpolateGradOut&, void* partial, const Stream&);
 }  // namespace cuda
