@@ -4,13 +4,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import kernels, run
+from . import empty_like, kernels, run
 
 
 def forward(
     start: Tensor, end: Tensor, weight: float, weights: Tensor | None, arc: bool, out: None = None
 ) -> Tensor:
-    result = torch.empty(start.shape, dtype=start.dtype, device=start.device)
+    result = empty_like(start)
     if result.numel():
         native, place = kernels(start)
         run(native.interpolate_forward, start, end, weight, None if weights is None else weights.float(), arc, result,
@@ -22,7 +22,7 @@ def backward(
     grad: Tensor, start: Tensor, end: Tensor, weight: float, weights: Tensor | None, arc: bool, weight_grad: bool,
     out: None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    on_start, on_end = start.new_empty(start.shape), start.new_empty(start.shape)
+    on_start, on_end = empty_like(start), empty_like(start)
     on_weights = None
     if weight_grad and weights is not None:
         on_weights = torch.zeros(weights.shape, dtype=torch.float32, device=start.device)
