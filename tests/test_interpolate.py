@@ -359,6 +359,13 @@ def test_library_op(backend):
     a, b = pair((3, 8))
     f = lambda a, b, t: onepass.slerp(a, b, t) + onepass.lerp(a, b, 0.2)
     assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(a, b, t), f(a, b, t))
+    wide = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64, requires_grad=True)       # of the op itself, any dtype
+    for arc in (True, False):
+        got, same = (torch.ops.onepass.interpolate(a[:, None], b[:, None], 0.0, x, arc, backend=backend)
+                     for x in (wide, t))
+        assert torch.equal(got, same)
+        on_wide, on_t = (torch.autograd.grad(out.sum(), x)[0] for out, x in ((got, wide), (same, t)))
+        assert on_wide.dtype == torch.float64 and torch.allclose(on_wide.float(), on_t, rtol=1e-5)
     mapped = torch.vmap(lambda a, b: onepass.slerp(a, b, 0.3, backend=backend))(a[:, None], b[:, None])
     assert torch.equal(mapped[:, 0], onepass.slerp(a, b, 0.3, backend=backend))
 

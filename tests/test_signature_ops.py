@@ -134,11 +134,15 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_what_changed_is_checked(name):
     run, changes = BAD[name]
-    run()
     for change in changes:
+        _ops.forget()
+        with pytest.raises((ValueError, TypeError)) as alone:
+            run(**change)
+        run()
         for _ in range(2):          # a call that was refused is not kept
-            with pytest.raises((ValueError, TypeError)):
+            with pytest.raises(type(alone.value)) as after:
                 run(**change)
+            assert str(after.value) == str(alone.value)
 
 
 def test_numbers_are_no_part_of_a_signature():
