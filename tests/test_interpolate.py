@@ -350,6 +350,14 @@ def test_threads_that_share_a_vector_add_its_tiles_in_the_order_of_one():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("run", [onepass.lerp, onepass.slerp])
+@pytest.mark.parametrize("weights", [torch.linspace(0, 1, 6)[::2], torch.tensor([0.3]).expand(3)])
+def test_weights_may_be_a_view(run, backend, weights):
+    a, b = pair((3, 8))
+    assert torch.equal(run(a, b, weights, backend=backend), run(a, b, weights.clone(), backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_library_op(backend):
     torch._dynamo.reset()
     a, b = (x[:, None].requires_grad_() for x in pair((3, 8)))
