@@ -28,6 +28,24 @@ def pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def row_length(x: Tensor) -> tuple[int, int]:
+    """The rows of dim 0, and the elements of each; a scalar is one row."""
+    rows = x.shape[0] if x.dim() else 1
+    return rows, x.numel() // rows if rows else 0
+
+
+def by_rows(x: Tensor, length: int) -> tuple[Tensor, int]:
+    """x, or a copy, with unit stride inside a row of dim 0; and the elements from one row to the next.
+
+    The caller keeps the tensor until the kernel has run. A chunk of a larger tensor needs no copy.
+    """
+    if x.is_contiguous():
+        return x, length
+    if x.shape[0] and x[0].is_contiguous():
+        return x, x.stride(0)
+    return x.contiguous(), length
+
+
 def run(kernel: Callable[..., int], *arguments: Any) -> None:
     """Calls a kernel that says which of its arguments (a bit each) lie otherwise than it reads: again with copies."""
     while odd := kernel(*arguments):
@@ -80,6 +98,7 @@ __all__ = [
     "CODES",
     "DTYPES",
     "_C",
+    "by_rows",
     "cache_fits",
     "cuda_error",
     "empty_like",
@@ -89,5 +108,6 @@ __all__ = [
     "mask_rows",
     "on_device",
     "pointer",
+    "row_length",
     "run",
 ]
