@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._native import by_rows, mask_rows
+from .._native import by_rows, is_writable, mask_rows
 from ..reference import denoise as reference
 from ._host import OPTIONS, on, power_of_two
 from .rng import NORMAL, draw, draw_at
@@ -117,7 +117,7 @@ def denoise_step(
     batch = sample.shape[0]
     length = sample.numel() // batch if batch else 0
     rows = lambda x: (None, 0) if x is None else by_rows(x, length)
-    direct = out is not None and by_rows(out, length)[0] is out and (batch < 2 or out.stride(0) >= length)
+    direct = out is not None and is_writable(out)
     result = out if direct and out is not None else torch.empty(sample.shape, dtype=sample.dtype, device=sample.device)
     if not sample.numel():
         return result

@@ -46,6 +46,14 @@ def by_rows(x: Tensor, length: int) -> tuple[Tensor, int]:
     return x.contiguous(), length
 
 
+def is_writable(x: Tensor) -> bool:
+    """Whether a kernel can write x where it lies: rows of dim 0 in one piece that do not overlap."""
+    if x.is_contiguous():
+        return True
+    row = x[0]
+    return row.is_contiguous() and (len(x) < 2 or x.stride(0) >= row.numel())
+
+
 def run(kernel: Callable[..., int], *arguments: Any) -> None:
     """Calls a kernel that says which of its arguments (a bit each) lie otherwise than it reads: again with copies."""
     while odd := kernel(*arguments):
@@ -104,6 +112,7 @@ __all__ = [
     "empty_like",
     "emulated",
     "error",
+    "is_writable",
     "kernels",
     "mask_rows",
     "on_device",

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import empty_like, kernels, mask_rows, run
+from . import empty_like, is_writable, kernels, mask_rows, run
 
 _NO_MASK = (None, 0, 1)
 
@@ -15,7 +15,7 @@ def denoise_step(
     guidance: float, guidances: Tensor | None, seed: int, seeds: Tensor | None,
     noise: Tensor | None, stochastic: bool, mask: Tensor | None, known: Tensor | None, out: Tensor | None = None,
 ) -> Tensor:
-    direct = out is not None and _is_written(out)
+    direct = out is not None and is_writable(out)
     result = out if direct and out is not None else empty_like(sample)
     native, place = kernels(sample)
     run(
@@ -26,11 +26,3 @@ def denoise_step(
     if state is not None:
         torch.autograd.graph.increment_version(state)
     return result if direct or out is None else out.copy_(result)
-
-
-def _is_written(out: Tensor) -> bool:
-    """Whether the kernel can write where it lies: rows in one piece that do not overlap."""
-    if out.is_contiguous():
-        return True
-    row = out[0]
-    return row.is_contiguous() and (len(out) < 2 or out.stride(0) >= row.numel())
